@@ -1,0 +1,43 @@
+# Everything runs in .venv, which every target makes or reuses.
+#   make demo     the quickstart notebook in a real kernel, its port asked with curl
+#   make test     all tests that this machine can run
+#   make lab      JupyterLab on the notebooks
+#   make lint     formatter, linter, types, layers
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: install demo lab test lint format bench clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.installed
+
+# The constraints pin what development uses; pyproject.toml says what is supported.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/run_notebook.py notebooks/01_quickstart.ipynb
+
+lab: install
+	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/01_quickstart.ipynb
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	scripts/test_other_pythons.sh
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist .out

@@ -1,0 +1,108 @@
+"""Every way in which a request can end badly, as one tree. No HTTP here: `app.py` maps it to statuses.
+
+    ServingError
+    ├── MalformedRequest    the request cannot be read                     (its sender must change it)
+    │   ├── RequestTooLarge     more bytes, items or nesting than allowed
+    │   └── SlowRequest         the body did not arrive in time
+    ├── InputRejected       readable, but this model cannot take this input
+    ├── Overloaded          refused at the door or dropped while waiting   (try again later)
+    │   └── Unavailable         not an overload: loading, draining, stopped, broken
+    ├── DeadlineExceeded    its time was up, waiting or running
+    ├── ClientGone          nobody waits for the answer any more
+    └── ModelFailed         the model, or this kit, raised
+
+    SettingError            a knob was given a value that it cannot take   (a ValueError)
+    StartError              a server could not start                       (a RuntimeError)
+
+The text of a `ServingError` is fit for a stranger: it never carries a path, a traceback or another
+client's text. What really happened is its `__cause__`, which `service.py` turns into an `Incident`
+that only the owner sees.
+"""
+
+from __future__ import annotations
+
+from serving_kit.records import Outcome
+
+
+class ServingError(Exception):
+    """A request ended without an answer.
+
+    Attributes:
+        outcome: Which of the terminal outcomes this is; fixed by the class.
+        incident: Id under which the owner finds the details, or None if there are none.
+        detail: Text for the owner, shown to clients only with `expose_errors`.
+    """
+
+    outcome: Outcome = Outcome.FAILED
+
+    def __init__(self, message: str, *, detail: str | None = None) -> None:
+        super().__init__(message)
+        self.detail = detail
+        self.incident: str | None = None
+
+
+class MalformedRequest(ServingError):
+    """The request cannot be read: encoding, JSON, types, unknown or impossible parameters."""
+
+    outcome = Outcome.MALFORMED
+
+
+class RequestTooLarge(MalformedRequest):
+    """The request exceeds a bound; the text names the bound."""
+
+    outcome = Outcome.TOO_LARGE
+
+
+class SlowRequest(MalformedRequest):
+    """The body did not arrive before the request's own deadline."""
+
+
+class InputRejected(ServingError):
+    """The model cannot take this input (no mask token, too long, wrong kind)."""
+
+    outcome = Outcome.REJECTED
+
+
+class Overloaded(ServingError):
+    """Refused at the door, or dropped from the queue because it could not be answered in time.
+
+    Attributes:
+        retry_after: Seconds until trying again makes sense, from the measured drain rate; None when
+            that is unknown.
+    """
+
+    outcome = Outcome.SHED
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(Overloaded):
+    """The server cannot answer now for a reason other than load: draining, stopped, broken."""
+
+
+class DeadlineExceeded(ServingError):
+    """The request's time was up, in the queue or while the forward ran."""
+
+    outcome = Outcome.EXPIRED
+
+
+class ClientGone(ServingError):
+    """The client left before its answer was ready."""
+
+    outcome = Outcome.CANCELLED
+
+
+class ModelFailed(ServingError):
+    """The model raised, returned the wrong number of outputs, or this kit has a bug."""
+
+    outcome = Outcome.FAILED
+
+
+class SettingError(ValueError):
+    """A knob was given a value that it cannot take. The text names knob, value and range."""
+
+
+class StartError(RuntimeError):
+    """A server could not start. The text says why, and what to do about it."""

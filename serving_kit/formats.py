@@ -1,0 +1,200 @@
+"""Bodies in and out: raw text and the Hugging Face shape.
+
+`POST /` has two kinds of client, told apart by what they send:
+
+    anything but a JSON object with "inputs"     the text goes to the pipeline, and its own output
+                                                 comes back (the pipeline web-server guide, curl)
+    {"inputs": ..., "parameters": {...}}         what `huggingface_hub.InferenceClient` and
+                                                 huggingface.js send; the answer has their shape
+
+A list of inputs is several items; the answer is a list in the same order.
+
+Not here: which parameters exist (`tasks.py`), HTTP (`app.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from serving_kit.errors import MalformedRequest, ModelFailed
+
+_DEEPEST = 32
+# Members that clients send beside inputs and parameters, and that change nothing here.
+_IGNORED = frozenset({"options"})
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request as the service wants it."""
+
+    values: list[Any]
+    parameters: dict[str, Any]
+    many: bool = False  # the client sent a list and gets one
+    widget: bool = False  # the client wants Hugging Face's shapes
+
+
+def decode(body: bytes, content_type: str, task: str) -> Call:
+    """Read a request body.
+
+    Raises:
+        MalformedRequest: what is wrong with it, and what would be right.
+    """
+    if not body:
+        raise MalformedRequest('the body is empty; send a text, or {"inputs": ...} as JSON')
+    kind = content_type.partition(";")[0].strip().lower()
+    is_json = kind == "application/json" or kind.endswith("+json")
+    if is_json:
+        document = parse_json(body)
+    else:
+        document = _decode_text(body)
+        if document.lstrip().startswith("{"):  # curl -d '{"inputs": ...}' says it is a form
+            document = _json_with_inputs(body) or document
+    if isinstance(document, dict) and "inputs" in document:
+        return _widget_call(document, task)
+    if isinstance(document, str):
+        if not document:
+            raise MalformedRequest('the text is empty; send a text, or {"inputs": ...} as JSON')
+        return Call([document], {})
+    raise MalformedRequest('a JSON body must be an object with "inputs", or a string')
+
+
+def parse_json(body: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN, no duplicate members, no lone surrogates, at most 32 levels.
+
+    Raises:
+        MalformedRequest: naming the first thing that is wrong.
+    """
+    try:
+        document = json.loads(
+            _decode_text(body), parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
+        )
+    except json.JSONDecodeError as error:
+        raise MalformedRequest(
+            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise MalformedRequest(f"the JSON is nested deeper than {_DEEPEST} levels") from None
+    except ValueError:
+        raise MalformedRequest("the JSON holds a number with too many digits") from None
+    if body.count(b"[") + body.count(b"{") > _DEEPEST:
+        _refuse_depth(document)
+    if b"\\ud" in body.lower():
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise MalformedRequest("the JSON holds half of a surrogate pair") from None
+    return document
+
+
+def encode(call: Call, answers: Sequence[Any], task: str) -> bytes:
+    """The response body.
+
+    Raises:
+        ModelFailed: the model's answer cannot be written as JSON.
+    """
+    shaped = [_widget_answer(answer, task) for answer in answers] if call.widget else answers
+    if call.many:
+        document: Any = shaped
+    elif call.widget and task == "text-classification":
+        document = [shaped[0]]  # these clients expect a list of lists and take the first
+    else:
+        document = shaped[0]
+    return dump_json(document)
+
+
+def dump_json(document: Any) -> bytes:
+    """Compact UTF-8 JSON; numpy and torch values become numbers and lists.
+
+    Raises:
+        ModelFailed: a value that JSON does not have.
+    """
+    try:
+        text = json.dumps(
+            document, default=_plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        )
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ModelFailed(
+            "the model's answer cannot be written as JSON", detail=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _widget_call(document: Mapping[str, Any], task: str) -> Call:
+    for name in document:
+        if name not in ("inputs", "parameters") and name not in _IGNORED:
+            raise MalformedRequest(f"unknown member {name[:60]!r}; the body has inputs and parameters")
+    parameters = document.get("parameters")
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
+        raise MalformedRequest(f"parameters must be an object, got {type(parameters).__name__}")
+    if task == "token-classification":  # their shape has entity_group, which only grouping gives
+        parameters = {"aggregation_strategy": "simple", **parameters}
+    inputs = document["inputs"]
+    many = isinstance(inputs, list)
+    if inputs is None or inputs in ("", [], {}):
+        raise MalformedRequest("inputs is empty")
+    return Call(inputs if many else [inputs], parameters, many, widget=True)
+
+
+def _widget_answer(answer: Any, task: str) -> Any:
+    if task == "zero-shot-classification" and isinstance(answer, Mapping):
+        pairs = zip(answer["labels"], answer["scores"], strict=True)
+        return [{"label": label, "score": score} for label, score in pairs]
+    return answer
+
+
+def _decode_text(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedRequest(f"the body is not UTF-8 (byte {error.start})") from None
+
+
+def _json_with_inputs(body: bytes) -> dict[str, Any] | None:
+    """The JSON object in a body that does not say it is JSON; None if it is just a text."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(document, dict) and "inputs" in document:
+        strict = parse_json(body)
+        assert isinstance(strict, dict)
+        return strict
+    return None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedRequest(f"JSON has no {name}")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise MalformedRequest("the JSON has an object with the same member twice")
+    return members
+
+
+def _refuse_depth(document: Any) -> None:
+    level = [document]
+    for _ in range(_DEEPEST + 1):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+        if not below:
+            return
+        level = below
+    raise MalformedRequest(f"the JSON is nested deeper than {_DEEPEST} levels")
+
+
+def _plain(value: Any) -> Any:
+    """What `json` cannot write by itself: numpy scalars and arrays, torch tensors."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,0 +1,326 @@
+"""Any ASGI app on a background thread of the kernel: start, swap, stop.
+
+    caller's thread                     "serving-kit-http"
+    bind the socket  ───────────────▶   an event loop of its own, uvicorn on that socket
+    start() ◀── ready, or the error ─   lifespan of the app
+    swap(app) ──────────────────────▶   new app's lifespan, then one reference; then the old one ends
+    run(coroutine) ◀── its result ───   ...
+    stop() ◀── thread gone ──────────   lifespan ends, connections close
+
+The kernel and the loop meet only here. What goes wrong on the thread comes back to the caller as the
+original exception. The listening socket outlives a swap, and so do open connections: no client ever
+sees a refused one.
+
+uvicorn is not started with its own `Server.run`: that needs `asyncio.run`, which a notebook may have
+patched (nest_asyncio); an `asyncio.Runner` with a loop of our own works either way.
+
+Not here: which app (`app.py`), re-runs and ports (`kit.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import errno
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving_kit import process_guard
+from serving_kit.errors import StartError
+
+THREAD_NAME = "serving-kit-http"
+_BACKLOG = 2048
+_CLOSE_CONNECTIONS_S = 1  # uvicorn waits this long for open connections, in whole seconds
+_GRACE_S = 0.3  # for an app that keeps to its own bound, and for one that was told to give up
+_AT_EXIT_S = 1.0  # the kernel is killed 2.5 s after it was asked to go
+
+T = TypeVar("T")
+
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
+    """A listening socket on `port`, or on the first free one of the `tries` ports from there.
+
+    Bound in the caller's thread and kept, so that nobody can take the port in between. Port 0 takes
+    any free port.
+
+    Raises:
+        StartError: naming the port and the remedy.
+    """
+    if not 0 <= port <= 65535:
+        raise StartError(f"port must be a whole number from 0 to 65535, got {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in range(port, min(port + max(1, tries), 65536)):
+        try:
+            sock = socket.create_server((host, candidate), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
+            if error.errno == errno.EACCES:
+                raise StartError(f"port {candidate} needs more rights; take one above 1023") from error
+            raise StartError(f"cannot listen on {host}:{candidate}: {error.strerror or error}") from error
+        _sockets.add(sock)
+        return sock
+    raise StartError(f"port {port} is taken by another program; pass another one, or port=0 for any free one")
+
+
+def _close_in_child() -> None:
+    """A forked child must not keep our ports busy after we have gone."""
+    for sock in list(_sockets):
+        with contextlib.suppress(OSError):
+            sock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+class InlineServer:
+    """uvicorn on a thread of its own, serving one app at a time.
+
+    `start`, `swap`, `run` and `stop` are for any thread but the server's own.
+    """
+
+    def __init__(self, app: ASGIApp, sock: socket.socket, asked_host: str = "") -> None:
+        self.sock = sock
+        self.asked_host = asked_host
+        self.host, self.port = sock.getsockname()[:2]
+        self._app = app
+        self._mounted: _Mounted | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+        self._ready = threading.Event()  # it answers, or it never will
+        self._failure: BaseException | None = None
+        self._stopping = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Where code in this kernel reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host and "[" not in host else f"http://{host}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # -- the caller's side -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Return when the app answers on its port.
+
+        Raises:
+            Exception: whatever the app's lifespan raised, or uvicorn did; nothing is left behind.
+        """
+        process_guard.hold(self)
+        self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
+        self._thread.start()
+        try:
+            self._ready.wait()
+        except BaseException:  # ■ while starting
+            self.stop(0)
+            raise
+        if self._failure is not None:
+            failure = self._failure
+            self.stop(0)
+            raise failure
+        # A daemon thread does not keep the kernel from exiting; this gives the app its shutdown.
+        atexit.register(self.stop, _AT_EXIT_S)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Run a coroutine on the server's loop and wait for its result.
+
+        Raises:
+            RuntimeError: called on the server's own thread, where waiting would never end, or the
+                server has stopped.
+            TimeoutError: it took longer than `timeout` seconds; it is cancelled.
+        """
+        loop = self.loop
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("this would wait for itself: on the server's own thread, await instead")
+        if loop is None or not self.alive or loop.is_closed():
+            coroutine.close()
+            raise RuntimeError("the server has stopped")
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        try:
+            return future.result(timeout)
+        except BaseException:  # also ■: then nobody wants the result any more
+            future.cancel()
+            raise
+
+    def swap(self, app: ASGIApp, drain_s: float = 5.0) -> None:
+        """Put another app in place of the present one, on the same socket and connections.
+
+        The new app is started first; if that fails, its exception is raised and the old one stays.
+        Requests that the old app has begun are finished by it, within `drain_s` seconds.
+        """
+        self.run(self._swap(app, drain_s))
+
+    def stop(self, drain_s: float = 5.0) -> bool:
+        """End the app and the thread, close the port. Bounded, idempotent.
+
+        Requests under way are finished within about `drain_s` seconds; new ones get 503 meanwhile.
+        Returns whether the thread is gone; one that is stuck is left behind, as a daemon.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a server cannot be stopped from its own thread")
+        with self._stopping:
+            atexit.unregister(self.stop)
+            if self.alive and self._server is not None and self._mounted is not None:
+                with contextlib.suppress(RuntimeError, TimeoutError):
+                    self.run(self._mounted.end(drain_s), drain_s + 3 * _GRACE_S)
+                self._server.should_exit = True
+            gone = True
+            if self._thread is not None:
+                self._thread.join(_CLOSE_CONNECTIONS_S + 2)
+                if self._thread.is_alive() and self._server is not None:
+                    self._server.force_exit = True
+                    self._thread.join(1)
+                gone = not self._thread.is_alive()
+            with contextlib.suppress(OSError):
+                self.sock.close()
+            process_guard.release(self)
+            return gone
+
+    # -- the server's thread ---------------------------------------------------------------------
+
+    def _main(self) -> None:
+        config = uvicorn.Config(
+            self._dispatch,
+            interface="asgi3",
+            proxy_headers=False,
+            log_config=None,  # the default closes every logging handler of the process
+            access_log=False,
+            lifespan="off",  # ours: it must be able to change with the app
+            timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
+        )
+        self._server = _Server(config, self._ready)
+        try:
+            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+                runner.run(self._serve(self._server))
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._ready.set()
+
+    async def _serve(self, server: uvicorn.Server) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(_keep_loop_error)
+        self._mounted = _Mounted(self._app)
+        del self._app  # the present app is `_mounted`'s; keeping this one would keep its model
+        await self._mounted.begin()
+        try:
+            await server.serve(sockets=[self.sock])
+        finally:
+            await self._mounted.end(0)
+
+    async def _swap(self, app: ASGIApp, drain_s: float) -> None:
+        new = _Mounted(app)
+        await new.begin()
+        old, self._mounted = self._mounted, new
+        if old is not None:
+            await old.idle(drain_s)
+            await old.end(drain_s)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self._mounted is not None
+        await self._mounted(scope, receive, send)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready.set()
+
+
+class _Mounted:
+    """One app and its lifespan."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._state: dict[str, Any] = {}
+        self._active = 0
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._answers: dict[str, asyncio.Event] = {}
+        self._failed = False
+        self._lifespan: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._active += 1
+        self._nobody.clear()
+        scope["state"] = self._state.copy()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._nobody.set()
+
+    async def begin(self) -> None:
+        """Run the app's startup. An app without a lifespan is fine."""
+        scope: Scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self._state}
+        self._lifespan = asyncio.create_task(self._app(scope, self._inbox.get, self._hear))  # type: ignore[arg-type]
+        await self._tell("startup")
+        if self._failed:
+            await self._lifespan  # raises what the app raised
+            raise StartError("the app failed to start without saying why")
+        if self._lifespan.done() and not self._lifespan.cancelled():
+            self._lifespan.exception()  # it has no lifespan, and said so by raising
+
+    async def idle(self, timeout: float) -> None:
+        """Wait until no request is inside, at most `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._nobody.wait()
+
+    async def end(self, timeout: float) -> None:
+        """Run the app's shutdown. Idempotent; requests that are still inside may finish."""
+        lifespan = self._lifespan
+        if lifespan is None or lifespan.done():
+            return
+        try:
+            async with asyncio.timeout(timeout + _GRACE_S):
+                await self._tell("shutdown")
+                await lifespan
+        except TimeoutError:
+            lifespan.cancel()
+            await asyncio.wait({lifespan}, timeout=_GRACE_S)
+        except Exception as error:
+            process_guard.keep(f"shutdown failed: {type(error).__name__}: {error}")
+
+    async def _tell(self, phase: str) -> None:
+        """Send one lifespan event; return when it is answered or the app has left."""
+        assert self._lifespan is not None
+        heard = self._answers[phase] = asyncio.Event()
+        self._inbox.put_nowait({"type": f"lifespan.{phase}"})
+        waiter = asyncio.create_task(heard.wait())
+        await asyncio.wait({waiter, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+
+    async def _hear(self, message: Message) -> None:
+        _, phase, verdict = message["type"].split(".")
+        self._failed = self._failed or (phase == "startup" and verdict == "failed")
+        self._answers[phase].set()
+
+
+def _keep_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    process_guard.keep(f"event loop: {context.get('message')} {context.get('exception') or ''}".rstrip())

@@ -1,0 +1,325 @@
+"""`serve()` and what it returns: the one-liner that wires the rest.
+
+Not here: anything that could be said without the kernel (`service.py`), threads (`inline_server.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from starlette.applications import Starlette
+
+from serving_kit import process_guard
+from serving_kit.app import build_app
+from serving_kit.errors import ServingError, StartError
+from serving_kit.inline_server import InlineServer, bind
+from serving_kit.models import load_model
+from serving_kit.records import Incident
+from serving_kit.service import Service
+from serving_kit.settings import Settings, refuse_unknown
+
+TOKEN_VARIABLE = "SERVING_KIT_TOKEN"
+_PORTS_TO_TRY = 100
+# Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
+_servers: dict[str, Server] = sys.__dict__.setdefault("_serving_kit_servers", {})
+_lock = threading.RLock()
+
+
+class Server:
+    """A model server in this process. Made by `serve()`; every method may be called from any cell.
+
+    Attributes:
+        name: What `serve(name=...)` said; a second server of that name replaces this one.
+        url: Where code in this kernel reaches it.
+        token: What `PATCH /settings` wants as bearer token.
+    """
+
+    def __init__(self, service: Service, inline: InlineServer, asked_port: int, token: str) -> None:
+        self.name = service.name
+        self.url = inline.url
+        self.token = token
+        self.asked_port = asked_port
+        self._service = service
+        self._inline = inline
+        self._replaced = False
+        self._panel: Any = None
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Any, **parameters: Any) -> Any:
+        """What the pipeline returns for `inputs`, through the same queue as everybody else.
+
+        Args:
+            inputs: One input, or a list of them: each is a queue item, answered in the same order.
+            parameters: As for the pipeline.
+
+        Raises:
+            ServingError: as HTTP clients get it; a note holds the details.
+        """
+        with _explained():
+            return self._inline.run(self._ask(inputs, parameters))
+
+    async def predict(self, inputs: Any, **parameters: Any) -> Any:
+        """The same for `await`: the cell's event loop goes on while the model works."""
+        loop = self._inline.loop
+        if loop is None or loop.is_closed():
+            raise RuntimeError("the server has stopped")
+        with _explained():
+            future = asyncio.run_coroutine_threadsafe(self._ask(inputs, parameters), loop)
+            return await asyncio.wrap_future(future)
+
+    async def _ask(self, inputs: Any, parameters: Mapping[str, Any]) -> Any:
+        service = self._service
+        with service.observe() as ticket:
+            values = inputs if isinstance(inputs, list) else [inputs]
+            answers = await service.predict(values, parameters, ticket)
+            return answers if isinstance(inputs, list) else answers[0]
+
+    # -- tuning and looking ----------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """The knobs in force."""
+        return self._service.settings
+
+    def tune(self, **knobs: Any) -> Settings:
+        """Change knobs of the running server, all or none; they count from the next batch.
+
+        Returns:
+            All the knobs.
+
+        Raises:
+            SettingError: an unknown knob or a bad value; nothing was changed.
+        """
+        return self._service.tune(**knobs)
+
+    def stats(self, series: int = 0) -> dict[str, Any]:
+        """What the panel shows. Durations in milliseconds; `window` covers the last 30 seconds.
+
+        Args:
+            series: Add one entry for each of the last so many seconds, and the knobs that moved.
+        """
+        snapshot = self._service.snapshot(series)
+        if self._replaced:
+            snapshot["reason"] = "replaced by a newer run of serve()"
+        return {**snapshot, "url": self.url}
+
+    def errors(self) -> list[Incident]:
+        """The latest failures, newest first, with tracebacks and the ids that clients were told."""
+        return self._service.incidents()
+
+    def logs(self) -> list[str]:
+        """The latest lines that the server's threads would have printed, oldest first."""
+        return process_guard.lines()
+
+    @property
+    def panel(self) -> Any:
+        """The live panel: one for each server, however often it is shown."""
+        if self._panel is None:
+            from serving_kit.panel import make_panel
+
+            self._panel = make_panel(self)
+        return self._panel
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether it answers: not stopped, not replaced."""
+        return self._inline.alive and not self._service.stopped
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Finish what was admitted, within `timeout` seconds; close the port; let the model go.
+
+        New requests get 503 meanwhile. Idempotent; a server that was replaced has stopped already.
+        """
+        with _lock:
+            if not self._replaced:
+                self._inline.stop(timeout)
+                if _servers.get(self.name) is self:
+                    del _servers[self.name]
+            self._finish_panel()
+
+    def wait(self) -> None:
+        """Block until ■ (or Ctrl+C), then stop. For scripts, and for cells that should look busy."""
+        with contextlib.suppress(KeyboardInterrupt):
+            while self.running:
+                time.sleep(0.2)
+        self.stop()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        state, _ = self._service.state()
+        state = "replaced" if self._replaced else state
+        requests = self._service.metrics.outcomes.total()
+        return (
+            f"<serving_kit.Server {self.name!r}: {self._service.model_name} ({self._service.task}) "
+            f"at {self.url}, {state}, {requests} requests>"
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        from serving_kit.panel import mimebundle
+
+        return {"text/plain": repr(self), **mimebundle(self)}
+
+    def _finish_panel(self) -> None:
+        if self._panel is not None:
+            self._panel.finish()
+
+    def _become_replaced(self) -> None:
+        self._replaced = True
+        self._finish_panel()
+
+
+def serve(
+    model: Any = None,
+    *,
+    task: str | None = None,
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    name: str = "default",
+    device: Any = None,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    **knobs: Any,
+) -> Server:
+    """Serve a model from this process, on a thread of its own. Returns when it can answer.
+
+    Running it again replaces the server of that `name`: same port, same connections, and the old
+    model answers until the new one can. If the new one fails to load, the old one stays.
+
+    Args:
+        model: None for the bundled demo model; a Hub id or folder, as `pipeline(model=...)` takes it;
+            a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function.
+        task: As for `transformers.pipeline`; None lets it find out.
+        port: Port; if another program has it, the next free one is taken and named. 0: any.
+        host: Address to listen on. The default is reachable from this machine only.
+        name: Servers of different names run side by side.
+        device: As for `transformers.pipeline`.
+        pipeline_kwargs: More arguments for `transformers.pipeline`.
+        knobs: Any of `Settings`, such as max_batch_size=8.
+
+    Raises:
+        SettingError: a knob has an unknown name or a bad value.
+        StartError: the model cannot be loaded, or nothing can listen there; says what to do.
+    """
+    refuse_unknown(knobs)
+    settings = Settings(**knobs)
+    with _lock:
+        old = _servers.get(name)
+        if old is not None and not old.running:
+            old = None
+        keeps_port = old is not None and old.asked_port == port and old._inline.asked_host == host
+        sock = None if keeps_port else bind(host, port, tries=_PORTS_TO_TRY)
+        try:
+            loaded = load_model(model, task=task, device=device, pipeline_kwargs=pipeline_kwargs)
+            try:
+                service = Service(loaded, settings, name=name)
+            except ValueError as error:
+                raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
+            token = old.token if old is not None else secrets.token_urlsafe(16)
+            app = build_app(service, token=token)
+            if old is not None and keeps_port:
+                inline = old._inline
+                was = _biography(old)
+                inline.swap(app)
+            else:
+                assert sock is not None
+                inline = InlineServer(app, sock, host)
+                inline.start()
+        except BaseException:
+            if sock is not None:
+                sock.close()
+            raise
+        server = Server(service, inline, port, token)
+        _servers[name] = server
+        note = f"serving {service.model_name} ({service.task}, {service.device}) at {server.url}"
+        if old is not None:
+            if keeps_port:
+                note += f", in place of the one that was {was}"
+            else:
+                was = _biography(old)
+                old._inline.stop()
+                note += f"; the one at {old.url} ({was}) has stopped"
+            old._become_replaced()
+        elif port not in (0, inline.port):
+            note += f", because port {port} is taken by another program"
+        print(note)
+        return server
+
+
+def stop_all() -> None:
+    """Stop every server of this process."""
+    for server in servers():
+        server.stop()
+
+
+def servers() -> list[Server]:
+    """The servers that run in this process."""
+    return [server for server in list(_servers.values()) if server.running]
+
+
+def create_app(
+    model: Any = None,
+    *,
+    task: str | None = None,
+    name: str = "default",
+    device: Any = None,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    token: str | None = None,
+    **knobs: Any,
+) -> Starlette:
+    """The same engine as an ASGI app, for `uvicorn server:app` and its like.
+
+    The model is loaded when the app starts, once. Arguments are as for `serve()`.
+
+    Args:
+        token: What `PATCH /settings` wants as bearer token; None takes it from the environment
+            variable SERVING_KIT_TOKEN, and without that the route is off.
+
+    Raises:
+        SettingError: a knob has an unknown name or a bad value.
+    """
+    refuse_unknown(knobs)
+    settings = Settings(**knobs)
+
+    def make_service() -> Service:
+        loaded = load_model(model, task=task, device=device, pipeline_kwargs=pipeline_kwargs)
+        return Service(loaded, settings, name=name)
+
+    return build_app(make_service, token=token or os.environ.get(TOKEN_VARIABLE) or None)
+
+
+@contextlib.contextmanager
+def _explained() -> Any:
+    """In the owner's own cell, an error carries what a stranger is not told."""
+    try:
+        yield
+    except ServingError as error:
+        if error.detail:
+            error.add_note(error.detail)
+        if error.incident:
+            error.add_note(f"server.errors() has the traceback, as incident {error.incident}")
+        raise
+
+
+def _biography(server: Server) -> str:
+    service = server._service
+    up = service.snapshot()["uptime_s"]
+    words = f"{up:.0f} s" if up < 120 else f"{up / 60:.0f} min"
+    return f"up {words}, {service.metrics.outcomes.total()} requests"

@@ -1,0 +1,419 @@
+"""A model as three steps: prepare, forward, finish. Wraps a `transformers` pipeline or any callable.
+
+    value ── prepare ──▶ Prepared ──┐
+    value ── prepare ──▶ Prepared ──┴─ forward ──▶ outputs ── finish ──▶ answers
+
+`PipelineModel` drives the pipeline's own `preprocess`, `forward` and `postprocess` and lets the
+library cut the batch up again, so that every client gets what `pipeline(value)` gives. What a plain
+`pipeline(list, batch_size=n)` gets wrong for a server is put right here: a list of one that
+`fill-mask` collapses, a list level that `text-classification` drops, the padding rows that
+`feature-extraction` leaves in.
+
+torch and transformers are imported when a pipeline is loaded, never before.
+
+Not here: when to run (`batching.py`), which parameters exist (`tasks.py`), JSON (`formats.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving_kit.batching import Prepared
+from serving_kit.errors import InputRejected, MalformedRequest, StartError
+from serving_kit.tasks import TASKS, UNKNOWN, Task
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+# A tokeniser without a limit of its own reports a number like 1e30.
+_NO_LIMIT = 1_000_000
+_PARAMETER_SETS = 128  # distinct parameter sets whose resolved form is kept
+
+
+class CallableModel:
+    """Any `list -> list` function: one output for each input, in order.
+
+    Clients may set the function's keyword-only parameters; inputs with different parameters never
+    share a call. Every input counts as one token.
+    """
+
+    task_name = "function"
+    device = "python"
+    media = False
+    max_batch_size: int | None = None
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self.parameters = _keywords(function)
+
+    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+        """Raise `MalformedRequest` for a parameter that the function does not declare."""
+        for name in parameters:
+            if self.parameters is not None and name not in self.parameters:
+                known = ", ".join(sorted(self.parameters)) or "none"
+                raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
+
+    def warm_up(self) -> None:
+        """Nothing: a function is not called with inputs that nobody sent."""
+
+    def estimate(self, value: Any) -> int:
+        """One token each: nothing is known about what an input costs."""
+        return 1
+
+    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
+        """Keep the value as it is."""
+        return Prepared((value, parameters), 1, _key(parameters))
+
+    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
+        """Call the function with the list of values."""
+        _, parameters = batch[0].payload
+        outputs = self.function([value for value, _ in (each.payload for each in batch)], **parameters)
+        if isinstance(outputs, (str, bytes, Mapping)) or not hasattr(outputs, "__len__"):
+            raise TypeError(f"the model must return a list, one output per input; got {type(outputs).__name__}")
+        return list(outputs)
+
+    def finish(self, output: Any, prepared: Prepared) -> Any:
+        """Keep the output as it is."""
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """Call parameters as a pipeline splits them over its three steps."""
+
+    preprocess: Mapping[str, Any]
+    forward: Mapping[str, Any]
+    postprocess: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenised:
+    """One input between prepare and finish."""
+
+    chunks: list[Any]  # what `preprocess` gave: one set of tensors, or several for a chunk pipeline
+    resolved: _Resolved
+    legacy: bool  # text-classification without top_k: its one answer comes in a list
+    tokens: int  # of the longest chunk
+
+
+@dataclass(eq=False)
+class PipelineModel:
+    """A `transformers` pipeline.
+
+    Attributes:
+        pipe: The pipeline itself, as loaded or as handed over; nothing in it is changed.
+        max_batch_size: 1 for a pipeline that cannot batch, else None. `batch_obstacle` says why.
+    """
+
+    pipe: Any
+    name: str = ""
+    task: Task = UNKNOWN
+    max_batch_size: int | None = None
+    batch_obstacle: str = ""
+    longest: int | None = None  # tokens that one input may have
+    _resolved: dict[str, _Resolved] = field(default_factory=dict)
+    _collate: Callable[[list[Any]], Any] | None = None
+    _iterator: Any = None  # cuts a batch of outputs up again: the library's own
+    _chunked: bool = False
+
+    def __post_init__(self) -> None:
+        from transformers.pipelines import base, pt_utils
+
+        pipe = self.pipe
+        self.task = TASKS.get(pipe.task, UNKNOWN)
+        self.name = self.name or _display_name(pipe)
+        self.longest = _longest(pipe)
+        self._chunked = isinstance(pipe, base.ChunkPipeline)
+        self._iterator = pt_utils.PipelinePackIterator if self._chunked else pt_utils.PipelineIterator
+        if not self.task.batches:
+            return
+        self.batch_obstacle = _batch_obstacle(pipe)
+        if self.batch_obstacle:
+            self.max_batch_size = 1
+        else:
+            self._collate = base.pad_collate_fn(pipe.tokenizer, None)
+
+    @property
+    def task_name(self) -> str:
+        """The pipeline's task, as `transformers` names it."""
+        return str(self.pipe.task)
+
+    @property
+    def device(self) -> str:
+        """Where the weights are: cpu, cuda:0, mps…"""
+        return str(self.pipe.device)
+
+    @property
+    def media(self) -> bool:
+        """Whether request bodies are images or sound."""
+        return self.task.media
+
+    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+        """Raise `MalformedRequest` for values or parameters that this task does not take."""
+        self.task.check_parameters(parameters)
+        for value in values:
+            self.task.check_input(value)
+
+    def warm_up(self) -> None:
+        """Run one small input through all three steps, so that the first client does not pay for it."""
+        example = "a short example"
+        parameters: dict[str, Any] = {}
+        if self.task_name == "fill-mask":
+            example = f"a short {self.pipe.tokenizer.mask_token}."
+        elif self.task_name == "zero-shot-classification":
+            parameters["candidate_labels"] = ["example"]
+        elif self.task_name == "text-generation":
+            parameters["max_new_tokens"] = 1
+        elif self.task is UNKNOWN or not self.task.batches:
+            return
+        prepared = self.prepare(example, parameters)
+        for output in self.forward([prepared]):
+            self.finish(output, prepared)
+
+    def estimate(self, value: Any) -> int:
+        """About four characters make a token."""
+        return (len(value) if isinstance(value, str) else len(str(value))) // 4 + 2
+
+    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
+        """Tokenise one input.
+
+        Raises:
+            InputRejected: no mask token, too long for the model, or anything else that the
+                pipeline's own `preprocess` has against it.
+        """
+        from transformers.pipelines.base import PipelineException
+
+        key = _key(parameters)
+        try:
+            resolved = self._resolve(key, parameters)
+            given = self.pipe.preprocess(value, **resolved.preprocess)
+            chunks = list(given) if self._chunked else [given]
+        except PipelineException as error:  # written for the person who sent the input
+            raise InputRejected(str(error)) from None
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise InputRejected("the model cannot take this input", detail=detail) from error
+        tokens = max((_width(chunk) for chunk in chunks), default=0)
+        if not tokens:
+            raise InputRejected("the model finds nothing in this input")
+        if self.longest is not None and tokens > self.longest:
+            raise InputRejected(f"the text has {tokens} tokens; this model takes {self.longest} at most")
+        tokenised = _Tokenised(chunks, resolved, "top_k" not in parameters, tokens)
+        return Prepared(tokenised, tokens * len(chunks), (key, frozenset(chunks[0])))
+
+    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
+        """Run the batch. Each output is what `pipe.forward` gives for that input alone."""
+        inputs: list[_Tokenised] = [each.payload for each in batch]
+        parameters = inputs[0].resolved.forward
+        chunks = [chunk for each in inputs for chunk in each.chunks]
+        if len(chunks) == 1 or self._collate is None:
+            outputs = [[self.pipe.forward(chunk, **parameters) for chunk in each.chunks] for each in inputs]
+            return outputs if self._chunked else [output for (output,) in outputs]
+        batches = [self._collate(chunks)]
+        return list(self._iterator(batches, self.pipe.forward, parameters, loader_batch_size=len(chunks)))
+
+    def finish(self, output: Any, prepared: Prepared) -> Any:
+        """Turn one output into what `pipe(value)` returns."""
+        given: _Tokenised = prepared.payload
+        if self.task_name == "feature-extraction":
+            output = self._without_padding(output, given.tokens)
+        answer = self.pipe.postprocess(output, **given.resolved.postprocess)
+        if self.task_name == "text-classification" and given.legacy:
+            return [answer]
+        return answer
+
+    def _resolve(self, key: str, parameters: Mapping[str, Any]) -> _Resolved:
+        """The pipeline's own split of call parameters, on top of those from its construction."""
+        if key not in self._resolved:
+            pipe = self.pipe
+            preprocess, forward, postprocess = pipe._sanitize_parameters(**parameters)
+            if len(self._resolved) >= _PARAMETER_SETS:
+                self._resolved.clear()
+            self._resolved[key] = _Resolved(
+                {**pipe._preprocess_params, **preprocess},
+                {**pipe._forward_params, **forward},
+                {**pipe._postprocess_params, **postprocess},
+            )
+        return self._resolved[key]
+
+    def _without_padding(self, output: Any, tokens: int) -> Any:
+        """Features of the input's own tokens only; a batch has rows for its padding too."""
+        features = output[0]
+        if features.ndim < 3 or features.shape[1] <= tokens:
+            return output
+        left = self.pipe.tokenizer.padding_side == "left"
+        return (features[:, -tokens:] if left else features[:, :tokens],)
+
+
+ServedModel = PipelineModel | CallableModel
+
+
+def load_model(
+    model: Any = None,
+    *,
+    task: str | None = None,
+    device: Any = None,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+) -> ServedModel:
+    """Load what `serve(model)` was given, and warm it up.
+
+    Thread: the caller's, so that progress bars and interrupts go where they belong.
+
+    Args:
+        model: None for the bundled demo model; a Hub id or folder; a `Pipeline`; a `list -> list`
+            callable.
+        task: A task of `transformers.pipeline`; None lets it find out.
+        device: As for `transformers.pipeline`; None takes the first accelerator, else the CPU.
+        pipeline_kwargs: More arguments for `transformers.pipeline`.
+
+    Raises:
+        StartError: with what to do about it.
+    """
+    if model is None:
+        model, task = DEMO_MODEL, task or "fill-mask"
+    served: ServedModel
+    if isinstance(model, (str, os.PathLike)):
+        served = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
+    elif task or device is not None or pipeline_kwargs:
+        raise StartError("task, device and pipeline_kwargs are for loading a model by its id or folder")
+    elif all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
+        served = PipelineModel(model)
+    elif callable(model):
+        if inspect.iscoroutinefunction(model) or inspect.isgeneratorfunction(model):
+            raise StartError(f"{_name(model)} must be a plain function from a list to a list, not async")
+        served = CallableModel(model)
+    else:
+        raise StartError(
+            f"cannot serve {type(model).__name__}: pass a Hub id, a folder, a transformers Pipeline, "
+            "or a function from a list to a list"
+        )
+    try:
+        served.warm_up()
+    except Exception as error:
+        raise StartError(f"{served.name} is loaded, but cannot answer: {_explain(error)}") from error
+    return served
+
+
+def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> PipelineModel:
+    try:
+        from transformers import pipeline
+    except ImportError as error:
+        raise StartError("serving a model by name needs transformers and torch: pip install torch") from error
+    if device is not None:
+        kwargs["device"] = device
+    try:
+        pipe = pipeline(task=task, model=source, **kwargs)
+    except Exception as error:
+        raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
+    return PipelineModel(pipe, _short_name(source))
+
+
+def _explain(error: BaseException) -> str:
+    """What went wrong in a line, and what to do. The traceback stays attached as the cause."""
+    chain = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {type(each).__name__ for each in chain}
+    story = " ".join(map(str, chain))
+    first = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "out of memory" in story.lower():
+        return (
+            "out of memory. Free some (stop other servers, restart other kernels), take a smaller model, "
+            "or load in half precision: pipeline_kwargs={'dtype': 'float16'}"
+        )
+    if "GatedRepoError" in names:
+        return "its owner has to grant you access on the Hub first; then log in with `hf auth login`"
+    if names & {"RepositoryNotFoundError", "HFValidationError"} or "valid model identifier" in story:
+        return (
+            "there is no folder and no public model of that name. Check the spelling; a private model "
+            "needs `hf auth login`"
+        )
+    if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError"} or (
+        "couldn't connect" in story.lower()
+    ):
+        return (
+            "it is not on this machine and the Hub cannot be reached. Check the network, or pass a folder; "
+            "serving_kit.serve() without arguments works offline"
+        )
+    if "Unknown task" in story:
+        return f"{error.args[0] if error.args else first}"
+    if "Inferring the task" in story or "infer the task" in story.lower():
+        return f"{first} Say which task it is: serve({'...'}, task='fill-mask')"
+    return f"{type(error).__name__}: {first}"
+
+
+def _batch_obstacle(pipe: Any) -> str:
+    """Why inputs of different lengths cannot share a forward, and the remedy; empty if they can."""
+    if pipe.tokenizer is None:
+        return "the pipeline has no tokenizer, so its inputs cannot be padded to one length"
+    if pipe.tokenizer.pad_token_id is None:
+        return (
+            "its tokenizer has no pad token, so inputs of different lengths cannot share a batch; set one "
+            "(pipe.tokenizer.pad_token = pipe.tokenizer.eos_token)"
+        )
+    classifies = pipe.task in ("text-classification", "zero-shot-classification")
+    if classifies and getattr(pipe.model.config, "pad_token_id", 0) is None:
+        return (
+            "its config has no pad token, so a batch cannot be told from its padding; set one "
+            "(pipe.model.config.pad_token_id = pipe.tokenizer.pad_token_id)"
+        )
+    return ""
+
+
+def _longest(pipe: Any) -> int | None:
+    """Tokens that the model's positions allow, if the tokeniser or the config says."""
+    limits = [
+        getattr(getattr(pipe, "tokenizer", None), "model_max_length", None),
+        getattr(getattr(pipe.model, "config", None), "max_position_embeddings", None),
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
+    return min(known, default=None)
+
+
+def _width(chunk: Any) -> int:
+    """Tokens of one chunk: the length of its `input_ids`, shape (1, tokens)."""
+    ids = chunk.get("input_ids") if hasattr(chunk, "get") else None
+    return int(ids.shape[-1]) if ids is not None else 1
+
+
+def _key(parameters: Mapping[str, Any]) -> str:
+    return json.dumps(parameters, sort_keys=True, default=repr) if parameters else ""
+
+
+def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Keyword-only parameters, which a client may set; None: any.
+
+    A plain parameter with a default is often a notebook's way to hold on to something
+    (`def f(texts, model=model)`), and so is a keyword of a `functools.partial`: not for strangers.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return frozenset()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return None
+    held = getattr(function, "keywords", {})
+    return frozenset(
+        each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY and each.name not in held
+    )
+
+
+def _display_name(pipe: Any) -> str:
+    return _short_name(str(getattr(pipe.model, "name_or_path", "") or type(pipe.model).__name__))
+
+
+def _short_name(source: str) -> str:
+    """A Hub id as it is; of a folder only its last part, since names are shown to strangers."""
+    path = Path(source)
+    return path.resolve().name if path.exists() or path.is_absolute() else source
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))

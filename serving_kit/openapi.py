@@ -1,0 +1,161 @@
+"""The HTTP contract as an OpenAPI 3.1 document: what `GET /openapi.json` answers.
+
+Written by hand, because the routes are few and their contract is fixed; the knobs come from
+`settings.py`, so that they are said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from serving_kit.settings import KNOBS, Knob, Settings
+
+_TYPES: Mapping[type, str] = {int: "integer", float: "number", bool: "boolean"}
+_REFUSALS: Mapping[int, str] = {
+    400: "The request cannot be read; the text says what is wrong.",
+    401: "The bearer token is missing or wrong.",
+    403: "This server was started without a token.",
+    408: "The body did not arrive in time.",
+    413: "The body or its list of inputs exceeds a bound; the text names it.",
+    422: "The model cannot take this input, or a setting cannot take this value.",
+    429: "Overloaded, where overload_status is 429.",
+    500: "The model failed; the owner finds the details under the incident id.",
+    503: "Overloaded, stopping or broken; Retry-After is there when it is known.",
+    504: "The request's time was up.",
+}
+
+
+def describe(task: str, model: str, version: str) -> dict[str, Any]:
+    """The document for a server of one model."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"{model} ({task})", "version": version},
+        "paths": {
+            "/": {
+                "post": {
+                    "summary": "Ask the model.",
+                    "operationId": "predict",
+                    "parameters": [
+                        {
+                            "name": "X-Request-Timeout-Ms",
+                            "in": "header",
+                            "schema": {"type": "number", "exclusiveMinimum": 0},
+                            "description": "Give up after this long; never later than timeout_ms.",
+                        }
+                    ],
+                    "requestBody": {
+                        "required": True,
+                        "content": {
+                            "text/plain": {"schema": {"type": "string", "minLength": 1}},
+                            "application/json": {"schema": {"$ref": "#/components/schemas/Inputs"}},
+                        },
+                    },
+                    "responses": {
+                        "200": _json_answer("What the pipeline returns.", {}),
+                        **_refused(400, 408, 413, 422, 429, 500, 503, 504),
+                    },
+                },
+                "get": _get("The live panel as a page.", {"text/html": {"schema": {"type": "string"}}}),
+            },
+            "/health": {
+                "get": {
+                    **_get("Whether the model can answer.", _object()),
+                    "responses": {
+                        "200": _json_answer("It can.", {"type": "object"}),
+                        "503": _json_answer("It cannot; the reason.", {"type": "object"}),
+                    },
+                }
+            },
+            "/live": {"get": _get("Whether the process runs.", _object())},
+            "/info": {"get": _get("Model, task, device, version.", _object())},
+            "/stats": {"get": _get("Everything that the panel shows.", _object())},
+            "/metrics": {
+                "get": _get("Prometheus metrics.", {"text/plain": {"schema": {"type": "string"}}})
+            },
+            "/settings": {
+                "get": _get("The knobs in force.", _settings_content()),
+                "patch": {
+                    "summary": "Change some knobs, all or none.",
+                    "operationId": "change_settings",
+                    "security": [{"token": []}],
+                    "requestBody": {"required": True, "content": _settings_content()},
+                    "responses": {
+                        "200": _json_answer("All knobs.", {"$ref": "#/components/schemas/Settings"}),
+                        **_refused(400, 401, 403, 408, 413, 422),
+                    },
+                },
+            },
+        },
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {
+                "Inputs": {
+                    "oneOf": [
+                        {"type": "string", "minLength": 1},
+                        {
+                            "type": "object",
+                            "required": ["inputs"],
+                            "additionalProperties": False,
+                            "properties": {
+                                "inputs": {"description": "One input, or a list of them."},
+                                "parameters": {"type": ["object", "null"]},
+                                "options": {},
+                            },
+                        },
+                    ]
+                },
+                "Settings": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {name: _knob(name, knob) for name, knob in KNOBS.items()},
+                },
+                "Problem": {
+                    "type": "object",
+                    "required": ["title", "status", "detail", "error", "error_type", "request_id"],
+                    "properties": {
+                        "type": {"type": "string"},
+                        "title": {"type": "string"},
+                        "status": {"type": "integer"},
+                        "detail": {"type": "string"},
+                        "error": {"type": "string"},
+                        "error_type": {"type": "string"},
+                        "request_id": {"type": "string"},
+                        "incident": {"type": "string"},
+                    },
+                },
+            },
+        },
+    }
+
+
+def _knob(name: str, knob: Knob) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": _TYPES[knob.kind]}
+    if knob.choices:
+        schema["enum"] = list(knob.choices)
+    elif knob.low is not None and knob.high is not None:
+        schema |= {"minimum": knob.low, "maximum": knob.high}
+    if knob.auto:
+        schema = {"oneOf": [schema, {"const": "auto"}]}
+    return {**schema, "description": knob.doc, "default": getattr(Settings(), name)}
+
+
+def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
+
+
+def _object() -> dict[str, Any]:
+    return {"application/json": {"schema": {"type": "object"}}}
+
+
+def _settings_content() -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": "#/components/schemas/Settings"}}}
+
+
+def _json_answer(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": schema}}}
+
+
+def _refused(*statuses: int) -> dict[str, Any]:
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {str(status): {"description": _REFUSALS[status], "content": problem} for status in statuses}

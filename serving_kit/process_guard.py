@@ -1,0 +1,122 @@
+"""What a running server changes in its process, and puts back when the last one stops.
+
+- The GIL's switch interval. Every torch operation gives the GIL away and waits up to the interval to
+  get it back, so that a cell that spins in pure Python slows a model thread 40-fold at Python's 5 ms,
+  and about 3-fold at 0.1 ms, close to the half of the cores that it can hope for.
+- Where log lines and warnings of the server's own threads go. A handler writes to `sys.stderr`, which
+  in a kernel is whatever cell happens to run, so they are kept for `server.logs()` instead. Lines of
+  all other threads pass untouched, and so does the user's own logging set-up.
+
+Not here: starting threads (`inline_server.py`, `batching.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+THREAD_PREFIX = "serving-kit-"
+SWITCH_INTERVAL_S = 1e-4
+_KEPT_LINES = 200
+# Loggers that write from our threads. Filters of a logger see its own records only, not its children's,
+# hence the list; the transformers library logs through one handler of its own, hence its handlers.
+_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "asyncio")
+_LIBRARIES = ("transformers", "torch", "huggingface_hub")
+
+_lock = threading.Lock()
+_holders: set[int] = set()
+_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+_undo: list[Callable[[], None]] = []
+
+
+def hold(owner: object) -> None:
+    """Make the changes, unless they are made; `release(owner)` puts everything back. Any thread."""
+    with _lock:
+        if not _holders:
+            _shorten_switch_interval()
+            _keep_warnings()
+        _holders.add(id(owner))
+        _keep_log_lines()  # each time: libraries imported since have brought handlers of their own
+
+
+def release(owner: object) -> None:
+    """Put back what was changed, once nobody holds it any more. Any thread; idempotent."""
+    with _lock:
+        _holders.discard(id(owner))
+        if not _holders:
+            while _undo:
+                _undo.pop()()
+
+
+def lines() -> list[str]:
+    """The latest lines that the servers' threads would have printed, oldest first."""
+    return list(_lines)
+
+
+def keep(line: str) -> None:
+    """Add a line to `lines()`."""
+    _lines.append(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _shorten_switch_interval() -> None:
+    before = sys.getswitchinterval()
+    if before <= SWITCH_INTERVAL_S:
+        return
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    ours = sys.getswitchinterval()
+
+    def undo() -> None:
+        if sys.getswitchinterval() == ours:  # else somebody else has changed it since
+            sys.setswitchinterval(before)
+
+    _undo.append(undo)
+
+
+class _KeepOurs(logging.Filter):
+    """Takes the records of our threads out of the stream; passes all others."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not (record.threadName or "").startswith(THREAD_PREFIX):
+            return True
+        keep(_formatter.format(record))
+        return False
+
+
+_filter = _KeepOurs()
+_formatter = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+
+
+def _keep_log_lines() -> None:
+    places: list[logging.Logger | logging.Handler] = [logging.getLogger(name) for name in _LOGGERS]
+    for library in _LIBRARIES:
+        places += logging.getLogger(library).handlers
+    if logging.lastResort is not None:  # what a process without any handler prints with
+        places.append(logging.lastResort)
+    for place in places:
+        if _filter not in place.filters:
+            place.addFilter(_filter)
+            _undo.append(lambda place=place: place.removeFilter(_filter))  # type: ignore[misc]
+
+
+def _keep_warnings() -> None:
+    before = warnings.showwarning
+
+    def showwarning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if threading.current_thread().name.startswith(THREAD_PREFIX):
+            keep(f"{category.__name__}: {message}")
+        else:
+            before(message, category, *rest, **more)
+
+    warnings.showwarning = showwarning
+
+    def undo() -> None:
+        if warnings.showwarning is showwarning:
+            warnings.showwarning = before
+
+    _undo.append(undo)

@@ -1,0 +1,85 @@
+"""The frozen facts that flow out of the core. Metrics, reports and panels only read them.
+
+All times are seconds on the monotonic clock of the service that emitted the record, except
+`Incident.wall`, which is for people. Not here: counting them (`metrics.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """How a request ended. Every request has exactly one."""
+
+    OK = "ok"
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    REJECTED = "rejected"
+    SHED = "shed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class BatchReason(StrEnum):
+    """Why a batch was sent when it was sent."""
+
+    FULL = "full"  # max_batch_size items
+    BUDGET = "budget"  # one more item would exceed max_batch_tokens, or cost more than it saves
+    IDLE = "idle"  # the model was free and nothing was worth waiting for
+    DEADLINE = "deadline"  # the oldest item had waited max_wait_ms
+    DRAIN = "drain"  # the server is stopping: finish what was admitted
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One finished request."""
+
+    arrived: float
+    finished: float
+    outcome: Outcome
+    items: int  # queue items that it was split into; 0 if it never reached the queue
+    queue_wait: float | None  # longest wait of its items from arrival to batch start; None: never started
+    forward: float | None  # duration of the batch that held that item; None: never started
+
+    @property
+    def latency(self) -> float:
+        """Seconds from arrival to answer."""
+        return self.finished - self.arrived
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """One finished call of the model."""
+
+    started: float
+    finished: float
+    size: int  # items
+    tokens: int  # their lengths, added up
+    padded_tokens: int  # size x longest
+    reason: BatchReason
+    oldest_wait: float  # seconds from the oldest item's arrival to the start
+    left_waiting: int  # items still queued when it started
+    wasted: int  # items whose client had gone, or whose time was up, when it ended
+    ok: bool
+
+    @property
+    def forward(self) -> float:
+        """Seconds that the model was busy."""
+        return self.finished - self.started
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """What the owner needs to know about one failure. Never sent to a client."""
+
+    id: str
+    wall: float  # seconds since the epoch
+    outcome: Outcome
+    error: str  # exception class and text
+    traceback: str  # formatted; holds no frames, so it keeps no tensors alive
+
+    def __str__(self) -> str:
+        return f"incident {self.id} ({self.outcome}): {self.error}\n{self.traceback}".rstrip()

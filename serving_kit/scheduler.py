@@ -1,0 +1,389 @@
+"""WHAT runs next: admit, group, drop, wait. Pure decisions of explicit time.
+
+No threads, no clock, no asyncio: every method takes `now`, in seconds on any monotonic clock. The
+same object runs in production, in property tests and in a simulator.
+
+    offer(items, now)  ->  None, or a Refusal            the door
+    ready(item, ...)                                      its length and group are known now
+    poll(now)          ->  Decision: a batch | wake me at | nothing to do; and who was dropped
+    finished(now)                                         the batch has ended
+    cancel(item, now)                                     its client has gone
+
+The rules, in the order in which they decide:
+
+1. An idle model starts at once, unless `max_wait_ms` asks to wait; that wait counts from the oldest
+   item's arrival and nothing restarts it. While the model is busy no batch is cut, so it keeps growing.
+2. The oldest live item is in every batch: nothing starves. Items of another group (other call
+   parameters) never join it.
+3. Company is chosen by length: of all ways to cut the waiting items, sorted by length, into batches,
+   take the one with the least total time under the learned cost (dynamic programming, as in
+   TurboTransformers, PPoPP'21), and run the part that holds the oldest item.
+4. An item that is expired, or cannot be answered in time by its own batch, never starts.
+
+Not here: sleeping and threads (`batching.py`), the cost (`cost.py`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from serving_kit.cost import CostModel
+from serving_kit.records import BatchReason
+from serving_kit.settings import Settings
+
+# The DP looks at the oldest items only: 0.4 ms for 96, and the gain beyond is small (a window of two
+# full batches on a GPU, where batches are large).
+_WINDOW = 96
+# `max_batch_tokens="auto"`: one forward may take a third of the deadline, so that an item that just
+# missed a batch still makes the next one.
+_AUTO_SHARE = 1 / 3
+# The door keeps half of the largest forward in reserve for the item itself.
+_DOOR_RESERVE = 0.5
+
+
+class State(Enum):
+    """Where an item is. It only moves forward."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"  # answered, dropped or cancelled
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One input on its way through the scheduler. `payload` is the caller's own."""
+
+    arrived: float
+    deadline: float  # absolute
+    tokens: int  # an estimate until `ready` tells the truth
+    payload: Any = None
+    group: Hashable | None = None  # None until `ready`
+    state: State = State.WAITING
+    started: float | None = None
+    abandoned: bool = False  # running, but nobody waits for it any more
+
+
+class Drop(Enum):
+    """Why an admitted item left the queue without running."""
+
+    EXPIRED = "expired"  # its deadline passed
+    HOPELESS = "hopeless"  # it could not be answered before its deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The door's no."""
+
+    reason: str  # for people
+    retry_after: float | None  # seconds; None: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Items to run together, now."""
+
+    items: tuple[Item, ...]
+    reason: BatchReason
+    left_waiting: int
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens: the items' lengths, added up."""
+        return sum(item.tokens for item in self.items)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that the model computes: items x longest."""
+        return len(self.items) * max(item.tokens for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do now. Without a batch: sleep until `wake_at`, or for ever if that is None."""
+
+    batch: Batch | None = None
+    wake_at: float | None = None
+    dropped: tuple[tuple[Item, Drop], ...] = ()
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """One queue in front of one model. Not thread-safe; the owner holds a lock around every call.
+
+    `settings` may be replaced at any time and counts from the next call.
+    """
+
+    settings: Settings
+    cost: CostModel = field(default_factory=CostModel)
+    draining: bool = False
+    _queue: list[Item] = field(default_factory=list)  # waiting, in order of arrival
+    _queued_tokens: int = 0
+    _running: Batch | None = None
+    _busy_until: float = 0.0  # predicted end of the running batch
+    _last_finished: float | None = None
+
+    @property
+    def queue_depth(self) -> int:
+        """Items that wait."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """Items admitted and not yet answered: waiting and running."""
+        return len(self._queue) + (len(self._running.items) if self._running else 0)
+
+    # -- the door ------------------------------------------------------------------------------
+
+    def offer(self, items: Sequence[Item], now: float) -> Refusal | None:
+        """Admit all items, or none of them.
+
+        The door does not look at the items' own lengths: a rule that does refuses the long ones
+        first, which makes the counts pretty and the owners of long texts unhappy.
+        """
+        if self.draining:
+            return Refusal("the server is stopping", None)
+        if len(self._queue) + len(items) > self.settings.max_queue_size:
+            return Refusal("the queue is full", self.drain_time(now))
+        if self.settings.drop_hopeless and self.cost.known and not self._may_probe(now):
+            wait = self.drain_time(now) or 0.0
+            for item in items:
+                left = item.deadline - now
+                reserve = _DOOR_RESERVE * min(self.cost.high(self.token_budget()), left * _AUTO_SHARE)
+                if wait > left - reserve:
+                    return Refusal("it could not be answered in time", self.drain_time(now))
+                wait += item.tokens * (self.cost.seconds_per_token or 0.0)
+        for item in items:
+            bisect.insort(self._queue, item, key=_arrival)
+            self._queued_tokens += item.tokens
+        return None
+
+    def drain_time(self, now: float) -> float | None:
+        """Seconds until everything admitted so far is done, from the measured rate; None: unknown."""
+        if self.cost.seconds_per_token is None:
+            return None
+        rest = max(0.0, self._busy_until - now) if self._running else 0.0
+        return rest + self._queued_tokens * self.cost.seconds_per_token
+
+    def ready(self, item: Item, tokens: int, group: Hashable) -> None:
+        """Tell the true length of a waiting item, and which items it may run with."""
+        if item.state is State.WAITING:
+            self._queued_tokens += tokens - item.tokens
+            item.tokens, item.group = tokens, group
+
+    def cancel(self, item: Item) -> bool:
+        """Forget a waiting item; mark a running one. Returns whether it had not ended yet."""
+        if item.state is State.WAITING:
+            self._remove([item])
+            item.state = State.DONE
+            return True
+        item.abandoned = item.abandoned or item.state is State.RUNNING
+        return item.state is State.RUNNING
+
+    # -- the decision ----------------------------------------------------------------------------
+
+    def poll(self, now: float) -> Decision:
+        """Decide what to do at `now`. Items that it drops are done when it returns."""
+        if self._running:
+            return Decision()
+        dropped = [(item, Drop.EXPIRED) for item in self._queue if item.deadline <= now]
+        self._remove([item for item, _ in dropped])
+        decision = Decision()
+        while anchor := next((item for item in self._queue if item.group is not None), None):
+            items, reason = self._choose(anchor)
+            cost = self.cost.high(_padded(items))
+            if self._cannot_make_it(anchor, now + cost, now):
+                self._remove([anchor])
+                dropped.append((anchor, Drop.HOPELESS))
+                continue
+            # A companion in a greater hurry than the anchor stays behind rather than start in vain.
+            items = [i for i in items if i is anchor or not self._cannot_make_it(i, now + cost, now)]
+            wake_at = self._wait_until(items, reason, cost)
+            if now < wake_at:
+                decision = Decision(wake_at=wake_at)
+            else:
+                if self.draining:
+                    reason = BatchReason.DRAIN
+                elif reason is BatchReason.IDLE and self.settings.max_wait_ms > 0:
+                    reason = BatchReason.DEADLINE
+                decision = Decision(batch=self._start(items, reason, now))
+            break
+        for item, _ in dropped:
+            item.state = State.DONE
+        return Decision(decision.batch, decision.wake_at, tuple(dropped))
+
+    def finished(self, now: float, *, ok: bool, started: float | None = None) -> None:
+        """The running batch has ended. No effect if `evict` took it out meanwhile.
+
+        Args:
+            now: When it ended.
+            ok: Whether the model answered; only such batches teach the cost model.
+            started: When the forward itself began, if later than the decision.
+        """
+        batch, self._running = self._running, None
+        if batch is None:
+            return
+        for item in batch.items:
+            item.state = State.DONE
+        self._last_finished = now
+        begun = batch.items[0].started if started is None else started
+        if ok and begun is not None:
+            self.cost.observe(batch.padded_tokens, batch.tokens, now - begun)
+
+    def evict(self) -> list[Item]:
+        """Take out everything that is waiting or running, oldest first. For crashes and for stop."""
+        running = list(self._running.items) if self._running else []
+        items = running + self._queue
+        self._remove(self._queue)
+        self._running = None
+        for item in items:
+            item.state = State.DONE
+        return items
+
+    def unprepared(self) -> list[Item]:
+        """The items to prepare before the next `poll`, oldest first.
+
+        Only those that the next batch could hold: under a flood of arrivals, preparing them all
+        would keep the model from ever running.
+        """
+        return [item for item in self._queue[: self._window()] if item.group is None]
+
+    def token_budget(self) -> int:
+        """Most padded tokens in one forward (`max_batch_tokens`, or what "auto" means now)."""
+        limit = self.settings.max_batch_tokens
+        return self.cost.budget(self.settings.timeout_s * _AUTO_SHARE) if limit == "auto" else limit
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _choose(self, anchor: Item) -> tuple[list[Item], BatchReason]:
+        """The anchor and its company."""
+        most, budget = self.settings.max_batch_size, self.token_budget()
+        peers = [item for item in self._queue if item.group == anchor.group][: self._window()]
+        if self.settings.group_by_length:
+            items = group_by_length(peers, most, budget, self.cost.a, self.cost.b)
+        else:
+            items = fifo_prefix(peers, most, budget)
+        if len(items) == most:
+            return items, BatchReason.FULL
+        if (len(items) + 1) * max(item.tokens for item in items) > budget:
+            return items, BatchReason.BUDGET
+        return items, BatchReason.IDLE
+
+    def _window(self) -> int:
+        return max(_WINDOW, 2 * self.settings.max_batch_size)
+
+    def _cannot_make_it(self, item: Item, end: float, now: float) -> bool:
+        return self.settings.drop_hopeless and item.deadline < end and not self._may_probe(now)
+
+    def _may_probe(self, now: float) -> bool:
+        """Whether the cost is too old to refuse anybody by it.
+
+        A server that believes itself too slow for every deadline would refuse everybody, run
+        nothing, and so never learn that it has become fast again. One try per timeout finds out.
+        """
+        if self._running:
+            return False
+        return self._last_finished is None or now - self._last_finished > self.settings.timeout_s
+
+    def _wait_until(self, items: list[Item], reason: BatchReason, cost: float) -> float:
+        """When this batch has to start at the latest."""
+        if reason is not BatchReason.IDLE or self.draining:
+            return 0.0
+        due = items[0].arrived + self.settings.max_wait_s
+        for item in items:  # somebody with less time than max_wait_ms must not wait himself to death
+            reserve = cost or (item.deadline - item.arrived) / 2
+            due = min(due, max(item.arrived, item.deadline - reserve))
+        return due
+
+    def _start(self, items: list[Item], reason: BatchReason, now: float) -> Batch:
+        self._remove(items)
+        for item in items:
+            item.state, item.started = State.RUNNING, now
+        self._running = Batch(tuple(items), reason, len(self._queue))
+        self._busy_until = now + self.cost.seconds(self._running.padded_tokens)
+        return self._running
+
+    def _remove(self, items: Sequence[Item]) -> None:
+        if items:
+            gone = set(map(id, items))
+            self._queued_tokens -= sum(item.tokens for item in items)
+            self._queue = [item for item in self._queue if id(item) not in gone]
+
+
+def fifo_prefix(items: Sequence[Item], most: int, budget: int) -> list[Item]:
+    """The oldest items that fit together: at most `most`, at most `budget` padded tokens.
+
+    A single item always fits.
+    """
+    batch: list[Item] = []
+    longest = 0
+    for item in items[:most]:
+        longest = max(longest, item.tokens)
+        if batch and longest * (len(batch) + 1) > budget:
+            break
+        batch.append(item)
+    return batch
+
+
+def group_by_length(items: Sequence[Item], most: int, budget: int, a: float, b: float) -> list[Item]:
+    """The company of `items[0]` in the cheapest cut of `items` into batches.
+
+    With a cost a + b * n * longest that grows with both, some cheapest cut is contiguous in the
+    items sorted by length, so O(items x most) steps find it. While nothing is known about the cost
+    (a = b = 0), or a token costs nothing, this is plain FIFO.
+
+    Args:
+        items: Waiting items in order of arrival, all of one group; not empty.
+        most: Items per batch.
+        budget: Padded tokens per batch; a single item always fits.
+        a: Seconds per batch.
+        b: Seconds per padded token.
+    """
+    if b <= 0:
+        return fifo_prefix(items, most, budget)
+    by_length = sorted(items, key=_tokens)  # stable: equal lengths stay in order of arrival
+    cuts = cheapest_cuts([item.tokens for item in by_length], most, budget, a, b)
+    anchor = by_length.index(items[0])
+    end = len(by_length)
+    while end - cuts[end] > anchor:
+        end -= cuts[end]
+    part = by_length[end - cuts[end] : end]
+    # A cut may fall between items of equal length and take the younger ones. Swap: same cost, fair.
+    wanted = Counter(item.tokens for item in part)
+    batch = []
+    for item in items:
+        if wanted[item.tokens]:
+            wanted[item.tokens] -= 1
+            batch.append(item)
+    return batch
+
+
+def cheapest_cuts(lengths: Sequence[int], most: int, budget: int, a: float, b: float) -> list[int]:
+    """For every prefix of ascending `lengths`, the size of the last batch in its cheapest cut."""
+    totals, cuts = [0.0], [0]
+    for end, longest in enumerate(lengths, start=1):
+        item_cost = b * longest
+        best, size = totals[end - 1] + a + item_cost, 1
+        for n in range(2, min(most, end, budget // longest) + 1):
+            total = totals[end - n] + a + n * item_cost
+            if total < best:
+                best, size = total, n
+        totals.append(best)
+        cuts.append(size)
+    return cuts
+
+
+def _arrival(item: Item) -> float:
+    return item.arrived
+
+
+def _tokens(item: Item) -> int:
+    return item.tokens
+
+
+def _padded(items: Sequence[Item]) -> int:
+    return len(items) * max(item.tokens for item in items)

@@ -1,0 +1,330 @@
+"""One request from arrival to outcome, without HTTP.
+
+    with service.observe() as ticket:                 # exactly one RequestRecord, whatever happens
+        answers = await service.predict(values, parameters, ticket)
+
+Any front end (Starlette, the kernel, Ray Serve) drives these two lines. `observe` is the only place
+that counts a request, and every way out of its body is an outcome.
+
+Not here: bodies and statuses (`app.py`, `formats.py`), threads (`batching.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from serving_kit.batching import Batcher, Model, Result
+from serving_kit.errors import (
+    DeadlineExceeded,
+    InputRejected,
+    ModelFailed,
+    ServingError,
+    SettingError,
+)
+from serving_kit.metrics import Metrics
+from serving_kit.records import Incident, Outcome, RequestRecord
+from serving_kit.scheduler import Scheduler
+from serving_kit.settings import Settings
+
+_KEPT_INCIDENTS = 100
+_KEPT_CHANGES = 200
+# A forward that runs this much longer than any client would wait is called stuck.
+_STUCK_FACTOR, _STUCK_AT_LEAST_S = 2, 30.0
+_TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
+
+
+class ServedModel(Model, Protocol):
+    """A model with what people want to know about it."""
+
+    name: str
+    max_batch_size: int | None  # None: any
+
+    @property
+    def task_name(self) -> str:
+        """What it does."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+
+    @property
+    def media(self) -> bool:
+        """Whether its inputs are images or sound."""
+
+    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+        """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request under way."""
+
+    arrived: float
+    deadline: float
+    items: int = 0
+    queue_wait: float | None = None
+    forward: float | None = None
+
+    def limit(self, timeout_s: float | None) -> None:
+        """Give up after `timeout_s` seconds from arrival: sooner than the server would, never later."""
+        if timeout_s is not None:
+            self.deadline = min(self.deadline, self.arrived + timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A knob that was moved."""
+
+    at: float  # on the service's clock
+    knobs: Mapping[str, Any]  # name: new value
+
+
+class Service:
+    """One model behind one queue.
+
+    `start`, `predict` and `stop` belong to the loop thread; everything else may be called from any.
+
+    Raises:
+        SettingError: the settings ask this model for more than it can do.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        settings: Settings | None = None,
+        *,
+        name: str = "default",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        settings = settings or Settings()
+        _refuse_what_it_cannot(model, settings)
+        self.name = name
+        self.model_name, self.task, self.device = model.name, model.task_name, model.device
+        self.model: ServedModel | None = model
+        self.clock = clock
+        self.started_at: float | None = None
+        self.stopped = False
+        self.metrics = Metrics()
+        self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
+        self.batcher = Batcher(
+            model,
+            Scheduler(settings),
+            on_batch=self.metrics.add_batch,
+            on_error=self.keep_incident,
+            clock=clock,
+        )
+        self._incidents: deque[Incident] = deque(maxlen=_KEPT_INCIDENTS)
+        self._tuning = threading.Lock()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the model thread; requests are welcome when this returns."""
+        self.batcher.start()
+        self.started_at = self.clock()
+
+    async def stop(self, drain_s: float = 5.0) -> bool:
+        """Refuse new requests, finish the admitted ones within `drain_s` seconds, let the model go.
+
+        Returns whether everything was finished in time; what was not has been answered with 503.
+        """
+        try:
+            return await self.batcher.stop(drain_s)
+        finally:
+            self.stopped = True
+            self.model = None
+            self.batcher.release()
+
+    # -- one request -----------------------------------------------------------------------------
+
+    @contextmanager
+    def observe(self) -> Iterator[Ticket]:
+        """Count one request, from now to the end of the block.
+
+        Raises:
+            ServingError: as the block did; any other exception becomes a `ModelFailed`.
+        """
+        now = self.clock()
+        ticket = Ticket(now, now + self.settings.timeout_s)
+        self.metrics.add_arrival(now, self.batcher.scheduler.queue_depth)
+        outcome = Outcome.OK
+        try:
+            yield ticket
+        except ServingError as error:
+            outcome = error.outcome
+            raise
+        except asyncio.CancelledError:
+            outcome = Outcome.CANCELLED
+            raise
+        except Exception as error:
+            outcome = Outcome.FAILED
+            failed = ModelFailed(
+                "the server failed on this request", detail=f"{type(error).__name__}: {error}"
+            )
+            self.keep_incident(failed, error)
+            raise failed from error
+        finally:
+            self.metrics.add_request(
+                RequestRecord(
+                    ticket.arrived, self.clock(), outcome, ticket.items, ticket.queue_wait, ticket.forward
+                )
+            )
+
+    async def predict(self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket) -> list[Any]:
+        """Answers to `values`, in order. Each is a queue item of its own; the first error ends all.
+
+        Cancelling the caller gives up the items: waiting ones leave the queue at once.
+
+        Raises:
+            MalformedRequest: parameters or values that this task does not take.
+            RequestTooLarge: more values than the queue can hold.
+            InputRejected: the model cannot take a value; the text says which of several.
+            Overloaded: refused at the door, or dropped while waiting.
+            DeadlineExceeded: the ticket's deadline passed, also while the forward runs.
+            ModelFailed: the model raised.
+        """
+        if self.model is not None:
+            self.model.check(values, parameters)
+        items = self.batcher.submit(values, parameters, arrived=ticket.arrived, deadline=ticket.deadline)
+        ticket.items = len(items)
+        answers = []
+        try:
+            async with asyncio.timeout(ticket.deadline - self.clock()):
+                for index, item in enumerate(items):
+                    result: Result = await item.payload.future
+                    _note(ticket, result)
+                    if result.error is not None:
+                        raise _located(result.error, index, len(items))
+                    answers.append(result.value)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was up before the model had answered") from None
+        finally:
+            left = [item for item in items if not item.payload.future.done()]
+            if left:
+                self.batcher.cancel(left)
+        return answers
+
+    # -- knobs -----------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """The knobs in force."""
+        return self.batcher.scheduler.settings
+
+    def tune(self, **changes: Any) -> Settings:
+        """Change some knobs, all or none; they count from the next decision.
+
+        Raises:
+            SettingError: an unknown knob or a bad value; nothing was changed.
+        """
+        with self._tuning:
+            settings = self.settings.replace(**changes)
+            if self.model is not None:
+                _refuse_what_it_cannot(self.model, settings)
+            self.batcher.tune(settings)
+            self.changes.append(Change(self.clock(), {name: getattr(settings, name) for name in changes}))
+        return settings
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Longest request body, with "auto" resolved for this task."""
+        limit = self.settings.max_body_bytes
+        if limit != "auto":
+            return limit
+        return _MEDIA_BODY if self.model is not None and self.model.media else _TEXT_BODY
+
+    # -- what people ask -------------------------------------------------------------------------
+
+    def state(self) -> tuple[str, str]:
+        """One word and a reason: ready, starting, draining, stopped, stuck or failed."""
+        if self.stopped:
+            return "stopped", "the server has stopped"
+        if self.started_at is None:
+            return "starting", "the model is not ready yet"
+        if self.batcher.scheduler.draining:
+            return "draining", "the server is stopping"
+        if not self.batcher.alive:
+            return "failed", self.batcher.failure or "the model thread has died"
+        busy_since = self.batcher.busy_since
+        bound = max(_STUCK_AT_LEAST_S, _STUCK_FACTOR * self.settings.timeout_s)
+        if busy_since is not None and self.clock() - busy_since > bound:
+            return "stuck", f"one forward has been running for more than {bound:.0f} s"
+        return "ready", ""
+
+    def snapshot(self, series: int = 0) -> dict[str, Any]:
+        """Everything that there is to see now, as a JSON object. Durations are in milliseconds.
+
+        Args:
+            series: Add `series`, one entry for each of the last so many seconds, and `changes`, the
+                knobs that moved.
+        """
+        state, reason = self.state()
+        scheduler = self.batcher.scheduler
+        now = self.clock()
+        history: dict[str, Any] = {}
+        if series:
+            changes = [{"ago_s": round(now - c.at, 3), "knobs": dict(c.knobs)} for c in self.changes]
+            history = {"series": self.metrics.series(now, series), "changes": changes}
+        return {
+            "name": self.name,
+            "model": self.model_name,
+            "task": self.task,
+            "device": self.device,
+            "state": state,
+            "reason": reason,
+            "uptime_s": 0.0 if self.started_at is None else round(now - self.started_at, 3),
+            "queue_depth": scheduler.queue_depth,
+            "in_flight": scheduler.in_flight,
+            "settings": self.settings.to_dict(),
+            "cost": {
+                "known": scheduler.cost.known,
+                "call_ms": scheduler.cost.a * 1e3,
+                "token_us": scheduler.cost.b * 1e6,
+                "max_batch_tokens": scheduler.token_budget(),
+            },
+            **self.metrics.snapshot(now),
+            **history,
+        }
+
+    def incidents(self) -> list[Incident]:
+        """The latest failures, newest first. For the owner only."""
+        return list(self._incidents)[::-1]
+
+    def keep_incident(self, failed: ServingError, error: BaseException) -> None:
+        """Remember what really happened, under an id that the client may be told."""
+        failed.incident = secrets.token_hex(4)
+        text = "".join(traceback.format_exception(error))
+        self._incidents.append(
+            Incident(failed.incident, time.time(), failed.outcome, f"{type(error).__name__}: {error}", text)
+        )
+
+
+def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
+    most = model.max_batch_size
+    if most is not None and settings.max_batch_size > most:
+        why = getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
+        raise SettingError(f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: {why}")
+
+
+def _note(ticket: Ticket, result: Result) -> None:
+    """A request has waited as long as its last item has."""
+    if result.queue_wait is not None and result.queue_wait >= (ticket.queue_wait or 0.0):
+        ticket.queue_wait, ticket.forward = result.queue_wait, result.forward
+
+
+def _located(error: ServingError, index: int, items: int) -> ServingError:
+    """The error to raise for one item. Batch mates may share it, so no traceback sticks to it."""
+    if items > 1 and isinstance(error, InputRejected):
+        located = InputRejected(f"inputs[{index}]: {error}", detail=error.detail)
+        located.incident = error.incident
+        return located
+    return error.with_traceback(None)

@@ -1,0 +1,211 @@
+"""What each pipeline task takes: its input, its parameters, and their bounds.
+
+A pipeline hands parameters that it does not know to its tokenizer or to `generate`, where they are
+ignored, crash the whole batch, or exhaust the machine. So a server must know them itself: this table
+is the contract with strangers. It is checked on the loop thread before anything is queued, in time
+that does not depend on the model.
+
+Not here: running the task (`models.py`), the shape of the answer for each client (`formats.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving_kit.errors import MalformedRequest
+
+Check = Callable[[Any], str | None]  # None: fine; else what the value must be
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The contract of one task.
+
+    `parameters` None means that this kit does not know the task and lets the pipeline judge.
+    """
+
+    parameters: Mapping[str, Check] | None = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    inputs: str = "a string"
+    takes: tuple[type, ...] = (str,)
+    members: tuple[str, ...] = ()  # of an object input: strings, the first of them required
+    batches: bool = True  # whether several inputs may share a forward
+    media: bool = False  # whether bodies are images or sound
+
+    def check_input(self, value: Any) -> None:
+        """Raise `MalformedRequest` unless this task takes such a value."""
+        fits = isinstance(value, self.takes)
+        if fits and self.members and isinstance(value, dict):
+            known = self.members[0] in value and value.keys() <= set(self.members)
+            fits = known and all(isinstance(each, str) for each in value.values())
+        if not fits:
+            raise MalformedRequest(f"inputs must be {self.inputs}, got {_short(value)}")
+
+    def check_parameters(self, given: Mapping[str, Any]) -> None:
+        """Raise `MalformedRequest` for the first parameter that is unknown, missing or impossible."""
+        if self.parameters is None:
+            return
+        for name, value in given.items():
+            check = self.parameters.get(name)
+            if check is None:
+                known = ", ".join(self.parameters) or "none"
+                raise MalformedRequest(f"unknown parameter {_short(name)}; this task takes {known}")
+            if (needs := check(value)) is not None:
+                raise MalformedRequest(f"parameter {name} must be {needs}, got {_short(value)}")
+        for name in self.required:
+            if name not in given:
+                raise MalformedRequest(
+                    f'this task needs the parameter {name}: {{"inputs": ..., "parameters": {{"{name}": ...}}}}'
+                )
+
+
+def whole(low: int, high: int) -> Check:
+    """A whole number in a closed range."""
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        return None if fits else f"a whole number from {low} to {high}"
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """A number in a closed range."""
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        return None if fits else f"a number from {low:g} to {high:g}"
+
+    return check
+
+
+def flag(value: Any) -> str | None:
+    """true or false."""
+    return None if isinstance(value, bool) else "true or false"
+
+
+def choice(*words: str) -> Check:
+    """One of some words."""
+
+    def check(value: Any) -> str | None:
+        return None if value in words else f"one of {', '.join(words)}"
+
+    return check
+
+
+def text(most: int = 1000) -> Check:
+    """A string that is not empty."""
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, str) and 0 < len(value) <= most
+        return None if fits else f"a string of 1 to {most} characters"
+
+    return check
+
+
+def texts(most: int, *, or_one: bool = True) -> Check:
+    """A list of strings that are not empty; or one such string."""
+
+    def check(value: Any) -> str | None:
+        many = [value] if or_one and isinstance(value, str) else value
+        fits = isinstance(many, list) and 0 < len(many) <= most
+        if fits and all(isinstance(each, str) and 0 < len(each) <= 1000 for each in many):
+            return None
+        return f"a list of 1 to {most} strings of 1 to 1000 characters"
+
+    return check
+
+
+def template(value: Any) -> str | None:
+    """A hypothesis template: exactly one `{}`, no other braces."""
+    fits = isinstance(value, str) and len(value) <= 1000 and value.count("{}") == 1
+    return None if fits and "{" not in value.replace("{}", "") else "a string with exactly one {} in it"
+
+
+def optional(check: Check) -> Check:
+    """null, or what `check` says."""
+
+    def checked(value: Any) -> str | None:
+        needs = None if value is None else check(value)
+        return needs and f"null or {needs}"
+
+    return checked
+
+
+def options(**checks: Check) -> Check:
+    """A JSON object with some of these members."""
+
+    def check(value: Any) -> str | None:
+        needs = f"an object with some of {', '.join(checks)}"
+        if not isinstance(value, dict) or not value.keys() <= checks.keys():
+            return needs
+        for name, each in value.items():
+            if (why := checks[name](each)) is not None:
+                return f"{needs}, where {name} is {why}"
+        return None
+
+    return check
+
+
+_TOKENS = whole(1, 1_000_000)
+_TRUNCATION: Mapping[str, Check] = {"truncation": flag, "max_length": _TOKENS}
+_GENERATION: Mapping[str, Check] = {
+    "max_new_tokens": whole(1, 4096),
+    "min_new_tokens": whole(0, 4096),
+    "do_sample": flag,
+    "temperature": number(1e-3, 100),
+    "top_k": whole(0, 1000),
+    "top_p": number(1e-6, 1),
+    "min_p": number(0, 1),
+    "typical_p": number(1e-6, 1),
+    "repetition_penalty": number(1e-3, 100),
+    "length_penalty": number(-100, 100),
+    "no_repeat_ngram_size": whole(0, 100),
+    "num_beams": whole(1, 16),
+    "num_return_sequences": whole(1, 16),
+    "early_stopping": flag,
+    "return_full_text": flag,
+    "stop_sequence": texts(8),
+    "truncation": flag,
+}
+
+TASKS: Mapping[str, Task] = {
+    "fill-mask": Task(
+        {"top_k": whole(1, 1000), "targets": texts(1000), "tokenizer_kwargs": options(**_TRUNCATION)}
+    ),
+    "text-classification": Task(
+        {
+            "top_k": optional(whole(1, 1000)),
+            "function_to_apply": choice("sigmoid", "softmax", "none"),
+            **_TRUNCATION,
+        },
+        inputs="a string, or an object with text and text_pair",
+        takes=(str, dict),
+        members=("text", "text_pair"),
+    ),
+    "token-classification": Task(
+        {
+            "aggregation_strategy": choice("none", "simple", "first", "average", "max"),
+            "ignore_labels": texts(1000, or_one=False),
+            "stride": whole(0, 100_000),
+        }
+    ),
+    "zero-shot-classification": Task(
+        {"candidate_labels": texts(100), "hypothesis_template": template, "multi_label": flag},
+        required=("candidate_labels",),
+    ),
+    "feature-extraction": Task({"truncation": flag, "tokenize_kwargs": options(**_TRUNCATION)}),
+    "text-generation": Task(_GENERATION),
+    "text-to-audio": Task({}, batches=False),
+}
+
+# A task that this kit has no row for: its pipeline judges the parameters, and inputs run one by one.
+UNKNOWN = Task(None, inputs="what the pipeline takes", takes=(object,), batches=False)
+
+
+def _short(value: Any) -> str:
+    """A stranger's value, safe to repeat to that stranger."""
+    words = repr(value)
+    return words if len(words) <= 60 else f"{words[:57]}..."
