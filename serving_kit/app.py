@@ -347,7 +347,9 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
             text = f"this route takes {headers.get('Allow', 'another method')}"
     else:
         if not isinstance(error, ServingError):
-            failed = ModelFailed("the server failed on this request", detail=f"{type(error).__name__}: {error}")
+            failed = ModelFailed(
+                "the server failed on this request", detail=f"{type(error).__name__}: {error}"
+            )
             if service is not None:
                 service.keep_incident(failed, error)
             error = failed

@@ -107,7 +107,7 @@ class Batcher:
     crash of the worker.
     """
 
-    model: Model
+    model: Model | None  # None once it was let go
     scheduler: Scheduler
     on_batch: Callable[[BatchRecord], None]
     on_error: Callable[[ServingError, BaseException], None]  # keeps the details, sets error.incident
@@ -151,6 +151,9 @@ class Batcher:
             Unavailable: the server is stopping or broken.
         """
         assert self._loop is not None, "submit() before start(). This is a bug."
+        model = self.model
+        if model is None or self._stopping or self.failure is not None:
+            raise Unavailable(self.failure or "the server is stopping")
         most = self.scheduler.settings.max_queue_size
         if len(values) > most:
             raise RequestTooLarge(f"{len(values)} inputs in one request; the most is {most} (max_queue_size)")
@@ -158,14 +161,14 @@ class Batcher:
             Item(
                 arrived,
                 deadline,
-                max(1, self.model.estimate(value)),
+                max(1, model.estimate(value)),
                 Job(value, parameters, self._loop.create_future()),
             )
             for value in values
         ]
         with self._wake:
-            if self.failure is not None or self._stopping:
-                raise Unavailable(self.failure or "the server is stopping")
+            if self.failure is not None:  # since we looked
+                raise Unavailable(self.failure)
             refusal = self.scheduler.offer(items, self.clock())
             if refusal is None:
                 self._wake.notify()
@@ -213,7 +216,7 @@ class Batcher:
 
     def release(self) -> None:
         """Let the model go. After `stop`; a forward that is still stuck in it keeps it until it ends."""
-        self.model = _Gone()
+        self.model = None
 
     @property
     def alive(self) -> bool:
@@ -264,10 +267,11 @@ class Batcher:
 
     def _prepare(self, items: Sequence[Item]) -> None:
         """Learn the lengths of new items; answer those that the model cannot take."""
+        model = self._model()
         for item in items:
             job: Job = item.payload
             try:
-                prepared = self.model.prepare(job.value, job.parameters)
+                prepared = model.prepare(job.value, job.parameters)
             except BaseException as error:
                 failed = self._failure(error)
                 self._in_hand = [item]
@@ -281,19 +285,20 @@ class Batcher:
 
     def _run(self, batch: Batch) -> None:
         """One batch from start to answers."""
+        model = self._model()
         jobs: list[Job] = [item.payload for item in batch.items]
         inputs = [job.prepared for job in jobs if job.prepared is not None]
         started = self.busy_since = self.clock()
         failed: ServingError | None = None
         try:
-            outputs = self.model.forward(inputs)
+            outputs = model.forward(inputs)
             if len(outputs) != len(inputs):
                 raise WrongNumberOfOutputs(f"{len(inputs)} inputs, {len(outputs)} outputs")
         except BaseException as error:
             failed = self._failure(error)
             answers: list[Any] = [failed] * len(inputs)
         else:
-            answers = [self._finish(output, given) for output, given in zip(outputs, inputs, strict=True)]
+            answers = [self._finish(model, *pair) for pair in zip(outputs, inputs, strict=True)]
         now = self.clock()
         self.busy_since = None
         with self._wake:
@@ -320,12 +325,18 @@ class Batcher:
             )
         )
 
-    def _finish(self, output: Any, prepared: Prepared) -> Any:
+    def _finish(self, model: Model, output: Any, prepared: Prepared) -> Any:
         """One answer, or the `ServingError` that stands in for it. A bad one fails alone."""
         try:
-            return self.model.finish(output, prepared)
+            return model.finish(output, prepared)
         except BaseException as error:
             return self._failure(error)
+
+    def _model(self) -> Model:
+        """The model, held for one step: a forward may outlive `release`."""
+        if self.model is None:
+            raise Unavailable("the server has stopped")
+        return self.model
 
     def _failure(self, error: BaseException) -> ServingError:
         """What the client is told about `error`; the owner is told everything."""
@@ -386,22 +397,6 @@ class Batcher:
             future: asyncio.Future[Result] = item.payload.future
             if not future.done():
                 future.set_result(result)
-
-
-class _Gone:
-    """Stands in for a model that was let go."""
-
-    def estimate(self, value: Any) -> int:
-        return 1
-
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
-        raise Unavailable("the server has stopped")
-
-    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
-        raise Unavailable("the server has stopped")
-
-    def finish(self, output: Any, prepared: Prepared) -> Any:
-        raise Unavailable("the server has stopped")
 
 
 def _why(drop: Drop) -> ServingError:

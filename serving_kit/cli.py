@@ -1,11 +1,12 @@
 """The `serving-kit` command: the same engine without a notebook.
 
-    serving-kit serve google-bert/bert-base-uncased --max-batch-size 8
+serving-kit serve google-bert/bert-base-uncased --max-batch-size 8
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import secrets
 import sys
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, or 2 if the server could not start."""
     options = _parser().parse_args(argv)
     try:
-        settings = Settings(**{name: value for name in KNOBS if (value := getattr(options, name)) is not None})
+        settings = Settings(
+            **{name: value for name in KNOBS if (value := getattr(options, name)) is not None}
+        )
         sock = bind(options.host, options.port)
         print(f"loading {options.model or 'the demo model'}", flush=True)
         service = Service(load_model(options.model, task=options.task, device=options.device), settings)
@@ -58,13 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--task", help="task of transformers.pipeline; default: what the model is for")
     serve.add_argument("--device", help="cpu, cuda:0, mps...; default: the first accelerator, else cpu")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="port; 0 takes any free one (default: %(default)s)")
-    knobs = serve.add_argument_group("settings", "all of them can also be changed while it runs: PATCH /settings")
+    serve.add_argument(
+        "--port", type=int, default=8000, help="port; 0 takes any free one (default: %(default)s)"
+    )
+    knobs = serve.add_argument_group(
+        "settings", "all of them can also be changed while it runs: PATCH /settings"
+    )
     defaults = Settings()
     for name, knob in KNOBS.items():
         knobs.add_argument(
             f"--{name.replace('_', '-')}",
-            type=lambda text, name=name, knob=knob: _read(name, knob, text),
+            type=functools.partial(_read, name, knob),
             metavar="yes|no" if knob.kind is bool else (knob.unit or "N").upper(),
             help=f"{knob.doc} ({knob.range}; default: {_words(getattr(defaults, name))})".replace("%", "%%"),
         )

@@ -107,7 +107,11 @@ class InlineServer:
     def url(self) -> str:
         """Where code in this kernel reaches it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host and "[" not in host else f"http://{host}:{self.port}"
+        return (
+            f"http://[{host}]:{self.port}"
+            if ":" in host and "[" not in host
+            else f"http://{host}:{self.port}"
+        )
 
     @property
     def alive(self) -> bool:
@@ -277,7 +281,11 @@ class _Mounted:
 
     async def begin(self) -> None:
         """Run the app's startup. An app without a lifespan is fine."""
-        scope: Scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self._state}
+        scope: Scope = {
+            "type": "lifespan",
+            "asgi": {"version": "3.0", "spec_version": "2.0"},
+            "state": self._state,
+        }
         self._lifespan = asyncio.create_task(self._app(scope, self._inbox.get, self._hear))  # type: ignore[arg-type]
         await self._tell("startup")
         if self._failed:

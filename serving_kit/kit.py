@@ -212,7 +212,7 @@ def serve(
         name: Servers of different names run side by side.
         device: As for `transformers.pipeline`.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
-        knobs: Any of `Settings`, such as max_batch_size=8.
+        **knobs: Any of `Settings`, such as max_batch_size=8.
 
     Raises:
         SettingError: a knob has an unknown name or a bad value.
@@ -286,11 +286,17 @@ def create_app(
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
 
-    The model is loaded when the app starts, once. Arguments are as for `serve()`.
+    The model is loaded when the app starts, once.
 
     Args:
+        model: As for `serve()`; so are task, name, device and pipeline_kwargs.
+        task: A task of `transformers.pipeline`.
+        name: Shown on /info and the panel.
+        device: As for `transformers.pipeline`.
+        pipeline_kwargs: More arguments for `transformers.pipeline`.
         token: What `PATCH /settings` wants as bearer token; None takes it from the environment
             variable SERVING_KIT_TOKEN, and without that the route is off.
+        **knobs: Any of `Settings`.
 
     Raises:
         SettingError: a knob has an unknown name or a bad value.

@@ -74,7 +74,9 @@ class CallableModel:
         _, parameters = batch[0].payload
         outputs = self.function([value for value, _ in (each.payload for each in batch)], **parameters)
         if isinstance(outputs, (str, bytes, Mapping)) or not hasattr(outputs, "__len__"):
-            raise TypeError(f"the model must return a list, one output per input; got {type(outputs).__name__}")
+            raise TypeError(
+                f"the model must return a list, one output per input; got {type(outputs).__name__}"
+            )
         return list(outputs)
 
     def finish(self, output: Any, prepared: Prepared) -> Any:
@@ -145,7 +147,7 @@ class PipelineModel:
 
     @property
     def device(self) -> str:
-        """Where the weights are: cpu, cuda:0, mps…"""
+        """Where the weights are: cpu, cuda:0, mps."""
         return str(self.pipe.device)
 
     @property
@@ -401,7 +403,9 @@ def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
         return None
     held = getattr(function, "keywords", {})
     return frozenset(
-        each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY and each.name not in held
+        each.name
+        for each in parameters
+        if each.kind is inspect.Parameter.KEYWORD_ONLY and each.name not in held
     )
 
 

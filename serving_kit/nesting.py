@@ -50,4 +50,6 @@ def _find() -> ModuleType:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise RuntimeError(f"neither {' nor '.join(names)} is installed; {_INSTEAD}, or pip install nest-asyncio2")
+    raise RuntimeError(
+        f"neither {' nor '.join(names)} is installed; {_INSTEAD}, or pip install nest-asyncio2"
+    )

@@ -70,9 +70,7 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
             "/live": {"get": _get("Whether the process runs.", _object())},
             "/info": {"get": _get("Model, task, device, version.", _object())},
             "/stats": {"get": _get("Everything that the panel shows.", _object())},
-            "/metrics": {
-                "get": _get("Prometheus metrics.", {"text/plain": {"schema": {"type": "string"}}})
-            },
+            "/metrics": {"get": _get("Prometheus metrics.", {"text/plain": {"schema": {"type": "string"}}})},
             "/settings": {
                 "get": _get("The knobs in force.", _settings_content()),
                 "patch": {

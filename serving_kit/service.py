@@ -179,7 +179,9 @@ class Service:
                 )
             )
 
-    async def predict(self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket) -> list[Any]:
+    async def predict(
+        self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket
+    ) -> list[Any]:
         """Answers to `values`, in order. Each is a queue item of its own; the first error ends all.
 
         Cancelling the caller gives up the items: waiting ones leave the queue at once.
@@ -312,7 +314,9 @@ def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
     most = model.max_batch_size
     if most is not None and settings.max_batch_size > most:
         why = getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
-        raise SettingError(f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: {why}")
+        raise SettingError(
+            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: {why}"
+        )
 
 
 def _note(ticket: Ticket, result: Result) -> None:

@@ -59,11 +59,7 @@ class Knob:
                 return value
         elif not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
             whole = self.kind is not int or value == int(value)
-            if self.choices:
-                fits = value in self.choices
-            else:
-                assert self.low is not None and self.high is not None
-                fits = self.low <= value <= self.high
+            fits = value in self.choices if self.choices else (self.low or 0) <= value <= (self.high or 0)
             if whole and fits:
                 return self.kind(value)
         raise SettingError(f"{name} must be {self.range}, got {value!r}")
@@ -120,9 +116,7 @@ class Settings:
         int,
         choices=(503, 429),
     )
-    expose_errors: bool = _knob(
-        False, "show clients the exception text instead of only an incident id", bool
-    )
+    expose_errors: bool = _knob(False, "show clients the exception text instead of only an incident id", bool)
     max_body_bytes: int | Auto = _knob(
         "auto",
         "longest request body; auto: 1 MiB for text, 32 MiB for media",

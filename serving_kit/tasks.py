@@ -56,9 +56,8 @@ class Task:
                 raise MalformedRequest(f"parameter {name} must be {needs}, got {_short(value)}")
         for name in self.required:
             if name not in given:
-                raise MalformedRequest(
-                    f'this task needs the parameter {name}: {{"inputs": ..., "parameters": {{"{name}": ...}}}}'
-                )
+                example = f'{{"inputs": ..., "parameters": {{"{name}": ...}}}}'
+                raise MalformedRequest(f"this task needs the parameter {name}: {example}")
 
 
 def whole(low: int, high: int) -> Check:
@@ -82,7 +81,7 @@ def number(low: float, high: float) -> Check:
 
 
 def flag(value: Any) -> str | None:
-    """true or false."""
+    """Either true or false."""
     return None if isinstance(value, bool) else "true or false"
 
 
@@ -125,7 +124,7 @@ def template(value: Any) -> str | None:
 
 
 def optional(check: Check) -> Check:
-    """null, or what `check` says."""
+    """Either null, or what `check` says."""
 
     def checked(value: Any) -> str | None:
         needs = None if value is None else check(value)
