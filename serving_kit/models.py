@@ -304,11 +304,14 @@ def load_model(
 def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> PipelineModel:
     try:
         from transformers import pipeline
+        from transformers.pipelines import PIPELINE_REGISTRY
     except ImportError as error:
         raise StartError("serving a model by name needs transformers and torch: pip install torch") from error
     if device is not None:
         kwargs["device"] = device
     try:
+        if task is not None:
+            PIPELINE_REGISTRY.check_task(task)  # before the weights, which may take minutes
         pipe = pipeline(task=task, model=source, **kwargs)
     except Exception as error:
         raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
