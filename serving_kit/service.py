@@ -210,9 +210,9 @@ class Service:
         except TimeoutError:
             raise DeadlineExceeded("the request's time was up before the model had answered") from None
         finally:
-            left = [item for item in items if not item.payload.future.done()]
-            if left:
-                self.batcher.cancel(left)
+            unheard = [item for item in items if not _answered(item.payload.future)]
+            if unheard:
+                self.batcher.cancel(unheard)
         return answers
 
     # -- knobs -----------------------------------------------------------------------------------
@@ -317,6 +317,11 @@ def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
         raise SettingError(
             f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: {why}"
         )
+
+
+def _answered(future: asyncio.Future[Result]) -> bool:
+    """Whether a result has come. Giving up on a future cancels it, which is `done` as well."""
+    return future.done() and not future.cancelled()
 
 
 def _note(ticket: Ticket, result: Result) -> None:

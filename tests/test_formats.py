@@ -75,7 +75,9 @@ def test_a_bad_body_is_refused_with_what_is_wrong(body: bytes, content_type: str
         decode(body, content_type, "fill-mask")
 
 
-@given(body=st.binary(max_size=200) | st.text(max_size=100).map(str.encode), kind=st.sampled_from([JSON, FORM]))
+@given(
+    body=st.binary(max_size=200) | st.text(max_size=100).map(str.encode), kind=st.sampled_from([JSON, FORM])
+)
 def test_any_bytes_are_a_call_or_a_complaint(body: bytes, kind: str) -> None:
     try:
         call = decode(body, kind, "fill-mask")
