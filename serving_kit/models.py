@@ -29,6 +29,7 @@ from serving_kit.errors import InputRejected, MalformedRequest, StartError
 from serving_kit.tasks import TASKS, UNKNOWN, Task
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_NAME = "serving-kit-demo"
 # A tokeniser without a limit of its own reports a number like 1e30.
 _NO_LIMIT = 1_000_000
 _PARAMETER_SETS = 128  # distinct parameter sets whose resolved form is kept
@@ -276,10 +277,11 @@ def load_model(
     Raises:
         StartError: with what to do about it.
     """
-    if model is None:
-        model, task = DEMO_MODEL, task or "fill-mask"
     served: ServedModel
-    if isinstance(model, (str, os.PathLike)):
+    if model is None:
+        served = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
+        served.name = DEMO_NAME
+    elif isinstance(model, (str, os.PathLike)):
         served = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
     elif task or device is not None or pipeline_kwargs:
         raise StartError("task, device and pipeline_kwargs are for loading a model by its id or folder")

@@ -1,0 +1,136 @@
+"""The same engine without a notebook: the command, and the app under plain uvicorn."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving_kit.cli import main
+from serving_kit.settings import KNOBS
+from tests.conftest import until
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Ask it to go; its exit status and what it said."""
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    return process.returncode, said
+
+
+@pytest.mark.light
+def test_help_explains_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["serve", "--help"])
+    assert done.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for name, knob in KNOBS.items():
+        assert f"--{name.replace('_', '-')}" in words
+        assert knob.doc[:40] in words
+    assert "--max-batch-size ITEMS most items in one forward" in words
+
+
+@pytest.mark.light
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--max-batch-size", "0"], "max_batch_size must be a whole number from 1 to 4,096 items, got 0"),
+        (["--max-batch-size", "many"], "max_batch_size must be a whole number"),
+        (["--group-by-length", "maybe"], "group_by_length must be true or false"),
+        (["--overload-status", "418"], "503 or 429"),
+    ],
+)
+def test_a_bad_knob_is_refused_before_anything_is_loaded(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["serve", *arguments])
+    assert done.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.light
+def test_a_taken_port_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"port {port} is taken by another program" in capsys.readouterr().err
+
+
+def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--max-batch-size", "8"]
+    environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: answers(url), timeout=60)
+        best = httpx.post(url, content="paris is the capital of [MASK].").json()[0]
+        assert best.keys() == {"score", "token", "token_str", "sequence"}
+        token = {"authorization": "Bearer a-token"}
+        changed = httpx.patch(f"{url}/settings", json={"max_wait_ms": 1}, headers=token).json()
+        assert (changed["max_batch_size"], changed["max_wait_ms"]) == (8, 1.0)
+        status, said = ended(process)
+    assert status in (0, -signal.SIGTERM)
+    assert f"serving serving-kit-demo (fill-mask, cpu) at {url}" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.light
+def test_an_app_of_four_lines_runs_under_uvicorn(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(
+        "import serving_kit\n\n"
+        "def shout(texts):\n    return [text.upper() for text in texts]\n\n"
+        "app = serving_kit.create_app(shout, max_batch_size=16)\n"
+    )
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "server:app", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: answers(url), timeout=30)
+        assert httpx.post(url, content="hello").json() == "HELLO"
+        assert httpx.get(f"{url}/settings").json()["max_batch_size"] == 16
+        refused = httpx.patch(f"{url}/settings", json={"max_wait_ms": 1})
+        assert refused.status_code == 403, "without a token nobody may turn knobs"
+        status, said = ended(process)
+    assert status in (0, -signal.SIGTERM)
+    assert "Application shutdown complete" in said
+
+
+@pytest.mark.light
+def test_an_app_whose_model_cannot_be_loaded_says_why_and_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text("import serving_kit\n\napp = serving_kit.create_app(42)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "server:app", "--port", str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "StartError: cannot serve int: pass a Hub id" in done.stderr

@@ -1,0 +1,104 @@
+"""What is imported when, who may import whom, and that the project's files agree with each other."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import serving_kit
+
+ROOT = Path(__file__).parent.parent
+CORE = ["records", "errors", "settings", "cost", "scheduler", "batching", "service"]
+
+
+def imported_by(statement: str) -> set[str]:
+    script = f"{statement}; import sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.light
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "ipywidgets", "anywidget", "starlette", "uvicorn", "numpy", "IPython"}
+    assert not imported_by("import serving_kit") & heavy
+
+
+@pytest.mark.light
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_needs_no_web_server_no_torch_and_no_widgets(module: str) -> None:
+    loaded = imported_by(f"import serving_kit.{module}")
+    assert not loaded & {"starlette", "uvicorn", "torch", "transformers", "ipywidgets", "anywidget"}
+
+
+@pytest.mark.light
+def test_serving_a_function_imports_no_torch_and_no_widgets() -> None:
+    script = "import serving_kit; serving_kit.serve(lambda xs: xs, port=0).stop()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; import sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert not set(done.stdout.split()) & {"torch", "transformers", "ipywidgets", "anywidget", "IPython"}
+
+
+@pytest.mark.light
+def test_the_public_names_are_these() -> None:
+    assert set(dir(serving_kit)) == set(serving_kit.__all__)
+    for name in serving_kit.__all__:
+        assert getattr(serving_kit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = serving_kit.nothing  # type: ignore[attr-defined]
+
+
+def test_the_environment_file_is_a_thin_layer_over_the_project_file() -> None:
+    import yaml
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == project["name"]
+    python, pip, section = environment["dependencies"]
+    assert python == f"python{project['requires-python']}"
+    assert pip == "pip"
+    (requirement,) = section["pip"]
+    extra = re.fullmatch(r"-e \.\[(\w+)\]", requirement)
+    assert extra, "versions live in pyproject.toml alone"
+    assert extra[1] in project["optional-dependencies"]
+
+
+def test_the_constraints_keep_to_the_ranges_of_the_project_file() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().lower().splitlines()
+        if "==" in line
+    )
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    for line in wanted:
+        requirement = Requirement(line)
+        if requirement.name != project["name"]:
+            name = requirement.name.lower()
+            pin = pins.get(name) or pins.get(name.replace("-", "_"))
+            assert pin is not None, f"{name} is not pinned for development"
+            assert requirement.specifier.contains(pin), f"{name}=={pin} is outside {requirement.specifier}"
+
+
+def test_nothing_that_is_committed_names_a_place_of_one_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".yml", ".ipynb", ".sh", ".txt"} and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert "/tmp/bash" not in text
+            assert str(ROOT.parent) + "/" not in text, f"{name} names a folder of this machine"

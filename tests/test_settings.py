@@ -1,0 +1,84 @@
+"""Knobs: every one has a range, refuses what is outside, and says so."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving_kit.errors import SettingError
+from serving_kit.settings import KNOBS, Settings
+
+pytestmark = pytest.mark.light
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    assert Settings().to_dict() == {
+        "max_batch_size": 32,
+        "max_wait_ms": 0.0,
+        "max_batch_tokens": "auto",
+        "max_queue_size": 256,
+        "timeout_ms": 10_000.0,
+        "group_by_length": True,
+        "drop_hopeless": True,
+        "overload_status": 503,
+        "expose_errors": False,
+        "max_body_bytes": "auto",
+    }
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_has_a_meaning_and_refuses_nonsense_by_name_value_and_range(name: str) -> None:
+    knob = KNOBS[name]
+    assert knob.doc
+    for bad in ("x", None, [], float("nan"), float("inf"), -1, 10**12, 1.5 if knob.kind is int else "1"):
+        with pytest.raises(SettingError) as caught:
+            Settings(**{name: bad})
+        assert str(caught.value) == f"{name} must be {knob.range}, got {bad!r}"
+
+
+def test_a_bound_itself_is_inside() -> None:
+    for name, knob in KNOBS.items():
+        for value in (knob.low, knob.high, *knob.choices):
+            if value is not None:
+                assert getattr(Settings(**{name: value}), name) == value
+
+
+def test_numbers_get_their_knobs_type() -> None:
+    settings = Settings(max_batch_size=8.0, max_wait_ms=5)
+    assert isinstance(settings.max_batch_size, int)
+    assert isinstance(settings.max_wait_ms, float)
+    assert (settings.max_wait_s, settings.timeout_s) == (0.005, 10.0)
+    with pytest.raises(SettingError):
+        Settings(max_batch_size=True)
+
+
+def test_a_change_is_a_new_object_and_a_bad_one_changes_nothing() -> None:
+    old = Settings()
+    assert old.replace(max_batch_size=1).max_batch_size == 1
+    assert old == Settings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        old.max_batch_size = 1  # type: ignore[misc]
+    with pytest.raises(SettingError, match="no setting named 'max_batch'; did you mean max_batch_size"):
+        old.replace(max_batch=3)
+    with pytest.raises(SettingError, match="the knobs are max_batch_size, "):
+        old.replace(zzz=3)
+
+
+_values: dict[str, st.SearchStrategy[Any]] = {
+    name: st.booleans()
+    if knob.kind is bool
+    else st.sampled_from(knob.choices)
+    if knob.choices
+    else st.integers(int(knob.low or 0), int(knob.high or 0))
+    | (st.just("auto") if knob.auto else st.nothing())
+    for name, knob in KNOBS.items()
+}
+
+
+@given(values=st.fixed_dictionaries({}, optional=_values))
+def test_settings_survive_json(values: dict[str, Any]) -> None:
+    settings = Settings(**values)
+    assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
