@@ -152,7 +152,7 @@ class Batcher:
         """
         assert self._loop is not None, "submit() before start(). This is a bug."
         model = self.model
-        if model is None or self._stopping or self.failure is not None:
+        if model is None or self.scheduler.draining or self.failure is not None:
             raise Unavailable(self.failure or "the server is stopping")
         most = self.scheduler.settings.max_queue_size
         if len(values) > most:
@@ -188,15 +188,20 @@ class Batcher:
             self.scheduler.settings = settings
             self._wake.notify()  # a worker that lingers must look at the new max_wait_ms
 
+    def drain(self) -> None:
+        """Refuse new items from now on; the admitted ones are finished. Any thread."""
+        with self._wake:
+            self.scheduler.draining = True
+            self._wake.notify()
+
     async def stop(self, drain_s: float) -> bool:
         """Refuse new items, finish the admitted ones within `drain_s` seconds, end the thread.
 
         Returns whether everything was finished. If not, what was left has been answered with
         `Unavailable`, and the thread ends when the forward that holds it returns.
         """
-        with self._wake:
-            self._stopping = self.scheduler.draining = True
-            self._wake.notify()
+        self._stopping = True
+        self.drain()
         if self._stopped is None:
             return True
         try:

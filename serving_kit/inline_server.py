@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import errno
 import os
 import socket
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import uvicorn
@@ -56,8 +57,8 @@ def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
     Raises:
         StartError: naming the port and the remedy.
     """
-    if not 0 <= port <= 65535:
-        raise StartError(f"port must be a whole number from 0 to 65535, got {port}")
+    if type(port) is not int or not 0 <= port <= 65535:  # True is no port
+        raise StartError(f"port must be a whole number from 0 to 65535, got {port!r}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(port, min(port + max(1, tries), 65536)):
         try:
@@ -90,9 +91,8 @@ class InlineServer:
     `start`, `swap`, `run` and `stop` are for any thread but the server's own.
     """
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, asked_host: str = "") -> None:
+    def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
         self.sock = sock
-        self.asked_host = asked_host
         self.host, self.port = sock.getsockname()[:2]
         self._app = app
         self._mounted: _Mounted | None = None
@@ -101,6 +101,7 @@ class InlineServer:
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()  # it answers, or it never will
         self._failure: BaseException | None = None
+        self._retirement: asyncio.Task[None] | None = None
         self._stopping = threading.Lock()
 
     @property
@@ -163,39 +164,65 @@ class InlineServer:
             future.cancel()
             raise
 
-    def swap(self, app: ASGIApp, drain_s: float = 5.0) -> None:
+    def swap(self, app: ASGIApp, drain_s: float = 5.0, *, then: Callable[[], None] | None = None) -> None:
         """Put another app in place of the present one, on the same socket and connections.
 
         The new app is started first; if that fails, its exception is raised and the old one stays.
         Requests that the old app has begun are finished by it, within `drain_s` seconds.
+
+        Args:
+            app: The new app.
+            drain_s: Patience with the old one.
+            then: Called as soon as the new app answers. From there on nothing can be undone: an
+                interrupt while the old app drains leaves the new one in place and the drain going on.
         """
-        self.run(self._swap(app, drain_s))
+        retirement = self.run(self._switch(app, drain_s))
+        if then is not None:
+            then()
+        self.run(_finish(retirement))
 
     def stop(self, drain_s: float = 5.0) -> bool:
         """End the app and the thread, close the port. Bounded, idempotent.
 
-        Requests under way are finished within about `drain_s` seconds; new ones get 503 meanwhile.
-        Returns whether the thread is gone; one that is stuck is left behind, as a daemon.
+        Requests under way are finished within about `drain_s` seconds, and so is the app. ■ ends the
+        patience, not the stop. Returns whether the thread is gone; one that is stuck is left behind,
+        as a daemon, without the port.
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("a server cannot be stopped from its own thread")
         with self._stopping:
             atexit.unregister(self.stop)
+            interrupt: BaseException | None = None
             if self.alive and self._server is not None and self._mounted is not None:
-                with contextlib.suppress(RuntimeError, TimeoutError):
-                    self.run(self._mounted.end(drain_s), drain_s + 3 * _GRACE_S)
+                try:
+                    self._wait_for(self._mounted.retire(drain_s), drain_s)
+                except BaseException as error:
+                    interrupt = error
+                    self._wait_for(self._mounted.end(0), 0)
                 self._server.should_exit = True
-            gone = True
-            if self._thread is not None:
-                self._thread.join(_CLOSE_CONNECTIONS_S + 2)
-                if self._thread.is_alive() and self._server is not None:
-                    self._server.force_exit = True
-                    self._thread.join(1)
-                gone = not self._thread.is_alive()
+            gone = self._join()
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)  # a loop that is stuck has its own hold on it
             with contextlib.suppress(OSError):
                 self.sock.close()
             process_guard.release(self)
+            if interrupt is not None:
+                raise interrupt
             return gone
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, None], patience_s: float) -> None:
+        """Run a step of the shutdown; if it overruns or the loop has gone, go on to the next."""
+        with contextlib.suppress(RuntimeError, TimeoutError, concurrent.futures.CancelledError):
+            self.run(coroutine, patience_s + 3 * _GRACE_S)
+
+    def _join(self) -> bool:
+        if self._thread is None:
+            return True
+        self._thread.join(_CLOSE_CONNECTIONS_S + 2)
+        if self._thread.is_alive() and self._server is not None:
+            self._server.force_exit = True
+            self._thread.join(1)
+        return not self._thread.is_alive()
 
     # -- the server's thread ---------------------------------------------------------------------
 
@@ -204,6 +231,7 @@ class InlineServer:
             self._dispatch,
             interface="asgi3",
             proxy_headers=False,
+            loop="asyncio",  # uvloop keeps copies of the socket that a forked child cannot close
             log_config=None,  # the default closes every logging handler of the process
             access_log=False,
             lifespan="off",  # ours: it must be able to change with the app
@@ -229,13 +257,19 @@ class InlineServer:
         finally:
             await self._mounted.end(0)
 
-    async def _swap(self, app: ASGIApp, drain_s: float) -> None:
+    async def _switch(self, app: ASGIApp, drain_s: float) -> asyncio.Task[None]:
+        """Start the new app, make it the present one, and begin to retire the old one."""
         new = _Mounted(app)
-        await new.begin()
+        try:
+            await new.begin()
+        except BaseException:
+            await new.end(0)
+            raise
         old, self._mounted = self._mounted, new
-        if old is not None:
-            await old.idle(drain_s)
-            await old.end(drain_s)
+        assert old is not None
+        # The task is kept: asyncio itself holds tasks only weakly.
+        self._retirement = asyncio.create_task(old.retire(drain_s))
+        return self._retirement
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self._mounted is not None
@@ -294,11 +328,14 @@ class _Mounted:
         if self._lifespan.done() and not self._lifespan.cancelled():
             self._lifespan.exception()  # it has no lifespan, and said so by raising
 
-    async def idle(self, timeout: float) -> None:
-        """Wait until no request is inside, at most `timeout` seconds."""
+    async def retire(self, timeout: float) -> None:
+        """Let the requests inside finish, then run the app's shutdown: `timeout` seconds in all."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 await self._nobody.wait()
+        await self.end(max(0.0, deadline - loop.time()))
 
     async def end(self, timeout: float) -> None:
         """Run the app's shutdown. Idempotent; requests that are still inside may finish."""
@@ -328,6 +365,11 @@ class _Mounted:
         _, phase, verdict = message["type"].split(".")
         self._failed = self._failed or (phase == "startup" and verdict == "failed")
         self._answers[phase].set()
+
+
+async def _finish(task: asyncio.Task[None]) -> None:
+    """Wait for a task that goes on if the waiting is given up."""
+    await asyncio.shield(task)
 
 
 def _keep_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

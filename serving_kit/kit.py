@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from starlette.applications import Starlette
 
 from serving_kit import process_guard
 from serving_kit.app import build_app
-from serving_kit.errors import ServingError, StartError
+from serving_kit.errors import ServingError, SettingError, StartError
 from serving_kit.inline_server import InlineServer, bind
 from serving_kit.models import load_model
 from serving_kit.records import Incident
@@ -29,6 +30,7 @@ from serving_kit.settings import Settings, refuse_unknown
 
 TOKEN_VARIABLE = "SERVING_KIT_TOKEN"
 _PORTS_TO_TRY = 100
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
 _servers: dict[str, Server] = sys.__dict__.setdefault("_serving_kit_servers", {})
 _lock = threading.RLock()
@@ -43,11 +45,11 @@ class Server:
         token: What `PATCH /settings` wants as bearer token.
     """
 
-    def __init__(self, service: Service, inline: InlineServer, asked_port: int, token: str) -> None:
+    def __init__(self, service: Service, inline: InlineServer, asked: tuple[str, int], token: str) -> None:
         self.name = service.name
         self.url = inline.url
         self.token = token
-        self.asked_port = asked_port
+        self.asked = asked  # host and port as serve() was given them
         self._service = service
         self._inline = inline
         self._replaced = False
@@ -143,11 +145,14 @@ class Server:
         New requests get 503 meanwhile. Idempotent; a server that was replaced has stopped already.
         """
         with _lock:
-            if not self._replaced:
-                self._inline.stop(timeout)
+            try:
+                if not self._replaced:
+                    self._service.drain()
+                    self._inline.stop(timeout)
+            finally:  # also when ■ has ended the patience: it has stopped then, too
                 if _servers.get(self.name) is self:
                     del _servers[self.name]
-            self._finish_panel()
+                self._finish_panel()
 
     def wait(self) -> None:
         """Block until ■ (or Ctrl+C), then stop. For scripts, and for cells that should look busy."""
@@ -220,47 +225,62 @@ def serve(
     """
     refuse_unknown(knobs)
     settings = Settings(**knobs)
+
+    def load() -> Service:
+        loaded = load_model(model, task=task, device=device, pipeline_kwargs=pipeline_kwargs)
+        try:
+            return Service(loaded, settings, name=name)
+        except SettingError as error:
+            raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
+
     with _lock:
         old = _servers.get(name)
         if old is not None and not old.running:
             old = None
-        keeps_port = old is not None and old.asked_port == port and old._inline.asked_host == host
-        sock = None if keeps_port else bind(host, port, tries=_PORTS_TO_TRY)
-        try:
-            loaded = load_model(model, task=task, device=device, pipeline_kwargs=pipeline_kwargs)
+        if old is not None and old.asked == (host, port):
+            server = _take_over(old, load())
+        else:
+            sock = bind(host, port, tries=_PORTS_TO_TRY)  # first: a model may take minutes to load
             try:
-                service = Service(loaded, settings, name=name)
-            except ValueError as error:
-                raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
-            token = old.token if old is not None else secrets.token_urlsafe(16)
-            app = build_app(service, token=token)
-            if old is not None and keeps_port:
-                inline = old._inline
-                was = _biography(old)
-                inline.swap(app)
-            else:
-                assert sock is not None
-                inline = InlineServer(app, sock, host)
-                inline.start()
-        except BaseException:
-            if sock is not None:
+                server = _start(load(), sock, (host, port), old)
+            except BaseException:
                 sock.close()
-            raise
-        server = Server(service, inline, port, token)
-        _servers[name] = server
-        note = f"serving {service.model_name} ({service.task}, {service.device}) at {server.url}"
-        if old is not None:
-            if keeps_port:
-                note += f", in place of the one that was {was}"
-            else:
-                was = _biography(old)
-                old._inline.stop()
-                note += f"; the one at {old.url} ({was}) has stopped"
-            old._become_replaced()
-        elif port not in (0, inline.port):
-            note += f", because port {port} is taken by another program"
-        print(note)
-        return server
+                raise
+    return server
+
+
+def _take_over(old: Server, service: Service) -> Server:
+    """Put a new service behind the socket of a running server."""
+    server = Server(service, old._inline, old.asked, old.token)
+    was = _biography(old)
+
+    def register() -> None:
+        _servers[server.name] = server
+        old._become_replaced()
+
+    old._inline.swap(build_app(service, token=old.token), then=register)
+    print(f"{_introduction(server)}, in place of the one that was {was}")
+    return server
+
+
+def _start(service: Service, sock: socket.socket, asked: tuple[str, int], old: Server | None) -> Server:
+    """Start a service on a socket of its own, and stop the server of that name, if there is one."""
+    token = old.token if old is not None else secrets.token_urlsafe(16)
+    inline = InlineServer(build_app(service, token=token), sock)
+    inline.start()
+    server = _servers[service.name] = Server(service, inline, asked, token)
+    note = _introduction(server)
+    host, port = asked
+    if port not in (0, inline.port):
+        note += f", because port {port} is taken by another program"
+    if host not in _LOOPBACK:
+        note += ". Everybody who can reach this machine over the network can ask it"
+    print(note)
+    if old is not None:
+        print(f"the one at {old.url} ({_biography(old)}) stops")
+        old._inline.stop()
+        old._become_replaced()
+    return server
 
 
 def stop_all() -> None:
@@ -322,6 +342,11 @@ def _explained() -> Any:
         if error.incident:
             error.add_note(f"server.errors() has the traceback, as incident {error.incident}")
         raise
+
+
+def _introduction(server: Server) -> str:
+    service = server._service
+    return f"serving {service.model_name} ({service.task}, {service.device}) at {server.url}"
 
 
 def _biography(server: Server) -> str:

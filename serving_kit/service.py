@@ -132,6 +132,10 @@ class Service:
         self.batcher.start()
         self.started_at = self.clock()
 
+    def drain(self) -> None:
+        """Refuse new requests from now on; the admitted ones are finished. Any thread."""
+        self.batcher.drain()
+
     async def stop(self, drain_s: float = 5.0) -> bool:
         """Refuse new requests, finish the admitted ones within `drain_s` seconds, let the model go.
 
