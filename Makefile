@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python scripts/run_notebook.py notebooks/01_quickstart.ipynb
 
 lab: install
-	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/01_quickstart.ipynb
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -15,9 +15,11 @@ Not here: which parameters exist (`tasks.py`), HTTP (`app.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+import orjson
 
 from serving_kit.errors import MalformedRequest, ModelFailed
 
@@ -89,20 +91,22 @@ def parse_json(body: bytes) -> Any:
     return document
 
 
-def encode(call: Call, answers: Sequence[Any], task: str) -> bytes:
-    """The response body.
+def encode(call: Call, answers: Sequence[Any], task: str) -> Iterator[bytes]:
+    """The response body, one answer at a time: a caller can let others run between two.
 
     Raises:
         ModelFailed: the model's answer cannot be written as JSON.
     """
-    shaped = [_widget_answer(answer, task) for answer in answers] if call.widget else answers
-    if call.many:
-        document: Any = shaped
-    elif call.widget and task == "text-classification":
-        document = [shaped[0]]  # these clients expect a list of lists and take the first
-    else:
-        document = shaped[0]
-    return dump_json(document)
+    # These clients expect a list of lists for one text, too, and take the first.
+    wrapped = call.many or (call.widget and task == "text-classification")
+    if wrapped:
+        yield b"["
+    for index, answer in enumerate(answers):
+        if index:
+            yield b","
+        yield dump_json(_widget_answer(answer, task) if call.widget else answer)
+    if wrapped:
+        yield b"]"
 
 
 def dump_json(document: Any) -> bytes:
@@ -111,6 +115,14 @@ def dump_json(document: Any) -> bytes:
     Raises:
         ModelFailed: a value that JSON does not have.
     """
+    # orjson takes a twentieth of the time, in which nobody else has the GIL. It writes NaN as null, and
+    # refuses integers above 64 bits: where it may have, the slow and strict way decides.
+    try:
+        body = orjson.dumps(document, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+        if b"null" not in body:
+            return body
+    except TypeError:
+        pass
     try:
         text = json.dumps(
             document, default=_plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")
