@@ -101,7 +101,7 @@ class InlineServer:
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()  # it answers, or it never will
         self._failure: BaseException | None = None
-        self._retirement: asyncio.Task[None] | None = None
+        self._retirements: set[asyncio.Task[None]] = set()
         self._stopping = threading.Lock()
 
     @property
@@ -129,8 +129,8 @@ class InlineServer:
         """
         process_guard.hold(self)
         self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
-        self._thread.start()
         try:
+            self._thread.start()
             self._ready.wait()
         except BaseException:  # ■ while starting
             self.stop(0)
@@ -255,6 +255,8 @@ class InlineServer:
         try:
             await server.serve(sockets=[self.sock])
         finally:
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()  # it has outlasted the grace; uvicorn would leave it open
             await self._mounted.end(0)
 
     async def _switch(self, app: ASGIApp, drain_s: float) -> asyncio.Task[None]:
@@ -267,9 +269,10 @@ class InlineServer:
             raise
         old, self._mounted = self._mounted, new
         assert old is not None
-        # The task is kept: asyncio itself holds tasks only weakly.
-        self._retirement = asyncio.create_task(old.retire(drain_s))
-        return self._retirement
+        retirement = asyncio.create_task(old.retire(drain_s))
+        self._retirements.add(retirement)  # asyncio itself holds tasks only weakly
+        retirement.add_done_callback(self._retirements.discard)
+        return retirement
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self._mounted is not None
@@ -358,13 +361,16 @@ class _Mounted:
         heard = self._answers[phase] = asyncio.Event()
         self._inbox.put_nowait({"type": f"lifespan.{phase}"})
         waiter = asyncio.create_task(heard.wait())
-        await asyncio.wait({waiter, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
+        try:
+            await asyncio.wait({waiter, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiter.cancel()
 
     async def _hear(self, message: Message) -> None:
         _, phase, verdict = message["type"].split(".")
         self._failed = self._failed or (phase == "startup" and verdict == "failed")
-        self._answers[phase].set()
+        if phase in self._answers:  # an app that is torn down may answer what nobody asked
+            self._answers[phase].set()
 
 
 async def _finish(task: asyncio.Task[None]) -> None:
