@@ -68,6 +68,8 @@ class Slot:
     padded_tokens: int = 0
     busy: float = 0.0  # seconds that the model was busy
     depth: int = 0  # deepest queue seen
+    last_depth: int = 0  # queue seen last: what a silent second after this one still has
+    point: dict[str, Any] | None = None  # as `series` tells it, once the second is over
 
 
 @dataclass(slots=True)
@@ -114,6 +116,7 @@ class Metrics:
         with self._lock:
             slot = self._slot(now)
             slot.arrivals += 1
+            slot.last_depth = queue_depth
             slot.depth = max(slot.depth, queue_depth)
 
     def add_request(self, record: RequestRecord) -> None:
@@ -141,6 +144,7 @@ class Metrics:
             slot.tokens += record.tokens
             slot.padded_tokens += record.padded_tokens
             slot.busy += record.forward
+            slot.last_depth = record.left_waiting
             slot.depth = max(slot.depth, record.left_waiting + record.size)
             self._forward.add(record.forward)
             self._sizes.add(record.size)
@@ -185,7 +189,16 @@ class Metrics:
         with self._lock:
             slots = {slot.second: slot for slot in self._slots}
             last = math.floor(now)
-            return [_point(slots.get(s) or Slot(s)) for s in range(last - seconds + 1, last + 1)]
+            points, depth = [], 0
+            for second in range(last - seconds + 1, last + 1):
+                slot = slots.get(second) or Slot(second, depth=depth, last_depth=depth)
+                depth = slot.last_depth
+                # A second that is over does not change; a late record may still reach the one before.
+                point = slot.point or _point(slot)
+                if second < last - 1:
+                    slot.point = point
+                points.append(dict(point))
+            return points
 
     def families(self, queue_depth: int, in_flight: int) -> Iterator[Metric]:
         """Everything since the start, as Prometheus metric families."""

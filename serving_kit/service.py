@@ -237,7 +237,9 @@ class Service:
             if self.model is not None:
                 _refuse_what_it_cannot(self.model, settings)
             self.batcher.tune(settings)
-            self.changes.append(Change(self.clock(), {name: getattr(settings, name) for name in changes}))
+            if changes:
+                values = {name: getattr(settings, name) for name in changes}
+                self.changes.append(Change(self.clock(), values))
         return settings
 
     @property

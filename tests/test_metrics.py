@@ -77,6 +77,12 @@ def test_the_series_has_every_second_also_the_silent_ones() -> None:
     assert series[3]["queue_depth"] == 5
 
 
+def test_a_silent_second_still_has_the_queue_that_waits_behind_a_long_forward() -> None:
+    metrics = Metrics()
+    metrics.add_arrival(10.5, queue_depth=7)
+    assert [point["queue_depth"] for point in metrics.series(13.0, 5)] == [0, 7, 7, 7, 7]
+
+
 def test_memory_does_not_grow_with_time_or_load() -> None:
     metrics = Metrics()
     dice = random.Random(1)

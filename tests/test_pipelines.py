@@ -32,13 +32,14 @@ def test_curl_gets_exactly_what_the_pipeline_returns(serve: Serve, task: str) ->
 def test_sixteen_clients_at_once_get_their_own_answers(serve: Serve, task: str) -> None:
     pipe, parameters = tiny(task), PARAMETERS.get(task, {})
     server = serve(pipe)
+    before = server.logs()
     texts = [example(task, words) for words in LENGTHS * 4]
     with ThreadPoolExecutor(16) as clients:
         got = list(clients.map(lambda text: plain(server(text, **parameters)), texts))
     for text, answer in zip(texts, got, strict=True):
         assert_same(answer, plain(pipe(text, **parameters)))
-    assert max(map(int, server.stats(series=60)["series"][-1]["sizes"] or ["2"])) > 1
-    assert server.logs() == [] or not any("Traceback" in line for line in server.logs())
+    assert sum(server.stats()["batches"].values()) < len(texts), "some of them shared a forward"
+    assert server.logs() == before, "the library had something to say, which a cell would have shown"
 
 
 def test_requests_with_different_parameters_at_once_are_not_mixed_up(serve: Serve) -> None:

@@ -1,0 +1,355 @@
+"""The panel where people meet it: JupyterLab and the server's own page, in a real Chromium.
+
+Leaves pictures in .out/, for people to look at.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+PICTURES = REPOSITORY / ".out"
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 20_000  # for what should take a tenth of it
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not Path(CHROMIUM).exists() and os.environ.get("REQUIRE_BROWSER") != "1", reason="no Chromium here"
+    ),
+]
+
+SERVE = """
+import random, threading, time
+import serving_kit
+
+def shout(texts):
+    time.sleep(0.01 + 0.003 * len(texts))
+    return [text.upper() for text in texts]
+
+server = serving_kit.serve(shout, port=0, max_queue_size=64)
+going = threading.Event()
+going.set()
+
+def client():
+    while going.is_set():
+        try:
+            server("test")
+        except Exception:
+            time.sleep(0.1)
+        time.sleep(random.expovariate(10))
+
+clients = [threading.Thread(target=client, daemon=True) for _ in range(12)]
+for each in clients:
+    each.start()
+"""
+CELLS = [SERVE, "server", "time.sleep(6)", "going.clear(); server.stop()", "server"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab of its own, with nothing of the user's; gives its URL."""
+    root, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
+    blank = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cells = [{"id": f"cell{i}", "source": source, **blank} for i, source in enumerate(CELLS)]
+    # Without a kernelspec JupyterLab asks for one in a dialog that swallows every click.
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    (root / "panel.ipynb").write_text(json.dumps(notebook))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    places = (
+        "JUPYTER_CONFIG_DIR JUPYTER_RUNTIME_DIR IPYTHONDIR JUPYTERLAB_SETTINGS_DIR JUPYTERLAB_WORKSPACES_DIR"
+    )
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1"]
+    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}"]
+    command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+    settings = home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    with open(home / "log", "wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **{place: str(home / place.lower()) for place in places.split()}},
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while not answers(f"http://127.0.0.1:{port}/api"):
+            assert process.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < deadline, (home / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return response.read()
+    except OSError:
+        return None
+
+
+@contextmanager
+def chromium(forgive="$^", **more):
+    """A page that may speak to this machine only, and must not complain on its console."""
+    from playwright.sync_api import sync_playwright
+
+    elsewhere, complaints = [], []
+
+    def check(route):
+        if re.match(r"(http|ws)s?://127\.0\.0\.1[:/]", route.request.url):
+            route.continue_()
+        else:
+            elsewhere.append(route.request.url)
+            route.abort()
+
+    PICTURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000}, **more)
+        page.set_default_timeout(PATIENCE_MS)
+        page.route("**/*", check)
+        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        try:
+            yield page
+        except BaseException:
+            page.screenshot(path=PICTURES / "failed.png", full_page=True)
+            raise
+        finally:
+            browser.close()
+    assert elsewhere == []
+    assert [line for line in complaints if not re.search(forgive, line)] == []
+
+
+def read(panel, name):
+    return float(panel.locator(f'[data-number="{name}"]').text_content().replace(",", "").replace("–", "nan"))
+
+
+def until(page, condition, seconds=10.0):
+    """Wait on the browser's own clock: playwright hears nothing while we sleep."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+    return condition()
+
+
+def setting(url, name="max_batch_size"):
+    return json.loads(answers(f"{url}/settings"))[name]
+
+
+def settled(page, panel, url):
+    """The batch size in force, once the panel says the same."""
+    assert until(page, lambda: panel.get_by_text(f"Batch size {setting(url)}: in force since").count())
+    return setting(url)
+
+
+def drag(page, slider, to):
+    """Pull the thumb to a share of the slider, as a hand does."""
+    slider.scroll_into_view_if_needed()
+    box = slider.bounding_box()
+    level = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 2, level)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * to, level, steps=8)
+    page.mouse.up()
+
+
+def cell(page, index):
+    return page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+
+
+def run_cell(page, index):
+    cell(page, index).locator(".cm-content").click()
+    page.keyboard.press("Shift+Enter")
+
+
+def run_first_cell(page):
+    """JupyterLab may drop what is run while its session settles, although the kernel says idle."""
+    prompt = cell(page, 0).locator(".jp-InputPrompt")
+    for _ in range(4):
+        run_cell(page, 0)
+        if until(page, lambda: prompt.text_content() != "[ ]:", seconds=5):
+            return
+
+
+def has_run(page, index, number):
+    cell(page, index).locator(f'.jp-InputPrompt:has-text("[{number}]:")').wait_for()
+
+
+def test_in_jupyterlab(lab):
+    with chromium() as page:
+        page.goto(f"{lab}/lab/tree/panel.ipynb?reset")
+        cell(page, 4).wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        run_first_cell(page)
+        has_run(page, 0, 1)
+        run_cell(page, 1)
+        panel = page.locator(".sk").first
+        panel.wait_for()
+        url = re.search(r"http://127\.0\.0\.1:\d+", panel.locator("code").text_content())[0]
+        slider = panel.get_by_role("slider", name="Batch size")
+
+        # The numbers move while requests flow.
+        before = read(panel, "ok")
+        assert until(page, lambda: read(panel, "ok") > before + 20)
+        assert read(panel, "p99 ms") >= read(panel, "p50 ms") > 5
+
+        # The very first touch of a slider, while a cell runs. (A hand needs a moment to get there.)
+        panel.get_by_text("Copy token").wait_for()
+        run_cell(page, 2)
+        page.wait_for_timeout(300)
+        drag(page, slider, 0.25)
+        assert until(page, lambda: setting(url) < 16, seconds=3)
+        moved = settled(page, panel, url)
+        assert cell(page, 2).locator('.jp-InputPrompt:has-text("[*]")').count()
+        has_run(page, 2, 3)
+
+        # By keyboard, in an idle kernel; the arrow must not move the notebook's cursor instead.
+        slider.focus()
+        page.keyboard.press("ArrowRight")
+        assert until(page, lambda: setting(url) > moved)
+        drag(page, slider, 0.4)
+        assert until(page, lambda: setting(url) > moved + 3)
+
+        # A refused value says why, and what is in force stays and comes back.
+        moved = settled(page, panel, url)
+        field = panel.get_by_label("Batch size, items")
+        field.fill("5000")
+        field.press("Enter")
+        panel.get_by_text("max_batch_size must be a whole number from 1 to 4,096").wait_for()
+        assert until(page, lambda: field.input_value() == str(moved))
+        assert setting(url) == moved
+        panel.get_by_label("Batch like lengths together").uncheck()
+        assert until(page, lambda: setting(url, "group_by_length") is False)
+        page.wait_for_timeout(1500)
+        panel.screenshot(path=PICTURES / "lab-light.png")
+
+        # The theme changes under a living panel.
+        page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        assert until(page, lambda: panel.evaluate("node => getComputedStyle(node).colorScheme") == "dark")
+        page.wait_for_timeout(300)
+        panel.screenshot(path=PICTURES / "lab-dark.png")
+
+        # A reload brings it back, alive.
+        page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+        page.wait_for_timeout(1000)
+        page.reload()
+        panel.wait_for()
+        before = read(panel, "ok")
+        assert until(page, lambda: read(panel, "ok") > before + 20)
+        panel.get_by_text("Copy token").wait_for()
+        drag(page, slider, 0.2)
+        assert until(page, lambda: setting(url) < moved)
+        settled(page, panel, url)
+
+        # The end: the last picture stays, in every view.
+        run_cell(page, 3)
+        panel.locator(".state", has_text="the server has stopped").wait_for()
+        run_cell(page, 4)
+        second = page.locator(".sk").nth(1)
+        second.locator(".state", has_text="the server has stopped").wait_for()
+        assert read(second, "ok") == read(panel, "ok") > 20
+        assert read(second, "answers/s") > 0
+        assert second.get_by_role("slider", name="Batch size").is_disabled()
+        assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
+        page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+        page.wait_for_timeout(500)
+
+
+@pytest.fixture
+def busy(serve):
+    """A server with some traffic."""
+
+    def shout(texts):
+        time.sleep(0.01 + 0.003 * len(texts))
+        return [text.upper() for text in texts]
+
+    server, going = serve(shout, max_queue_size=64), True
+
+    def client():
+        while going:
+            try:
+                server("test")
+            except Exception:
+                time.sleep(0.1)
+            time.sleep(random.expovariate(10))
+
+    clients = [threading.Thread(target=client, daemon=True) for _ in range(12)]
+    for each in clients:
+        each.start()
+    yield server
+    going = False
+    for each in clients:
+        each.join(5)
+
+
+def test_as_a_page(busy):
+    url = busy.url
+    with chromium(forgive="status of 401") as page:
+        page.goto(f"{url}/")
+        panel = page.locator(".sk")
+        assert until(page, lambda: panel.count() and read(panel, "ok") > 20)
+        before = read(panel, "ok")
+        assert until(page, lambda: read(panel, "ok") > before + 20)
+        assert panel.locator("code").text_content().endswith(f" {url}/")
+
+        # Read-only without the token.
+        slider, token = panel.get_by_role("slider", name="Batch size"), panel.get_by_placeholder("token")
+        assert slider.is_disabled()
+        token.fill("wrong")
+        token.press("Enter")
+        drag(page, slider, 0.2)
+        panel.get_by_text("changing settings needs the token").wait_for()
+        assert setting(url) == 32
+        token.fill(busy.token)
+        token.press("Enter")
+        drag(page, slider, 0.1)
+        assert until(page, lambda: setting(url) < 16)
+        panel.screenshot(path=PICTURES / "page-light.png")
+
+        page.emulate_media(color_scheme="dark")
+        page.set_viewport_size({"width": 380, "height": 900})
+        page.wait_for_timeout(600)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        page.screenshot(path=PICTURES / "page-phone-dark.png", full_page=True)
+
+        # Under a proxy's prefix, also without the last slash.
+        prefix = f"{url}/user/me/proxy/8000"
+        page.route(f"{prefix}**", lambda route: route.continue_(url=route.request.url.replace(prefix, url)))
+        page.goto(prefix)
+        assert until(page, lambda: panel.count() and read(panel, "ok") > 40)
+        assert panel.locator("code").text_content().endswith(f" {prefix}/")
