@@ -16,8 +16,9 @@ heavy="torch transformers"
 
 # Prints the path of a Python of that version that really runs: a shim of pyenv may not.
 find_python() {
-  local candidate
-  for candidate in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1"*/bin/python $(type -aP "python$1"); do
+  local candidate shim
+  shim=$(command -v "python$1" || true)
+  for candidate in {"${PYENV_ROOT:-$HOME/.pyenv}","${shim%/shims/*}"}/versions/"$1"*/bin/python $(type -aP "python$1"); do
     if [ "$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$1" ]; then
       echo "$candidate"
       return
