@@ -201,6 +201,7 @@ def serve(
     name: str = "default",
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
+    shortcuts: bool = True,
     **knobs: Any,
 ) -> Server:
     """Serve a model from this process, on a thread of its own. Returns when it can answer.
@@ -217,6 +218,8 @@ def serve(
         name: Servers of different names run side by side.
         device: As for `transformers.pipeline`.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
+        shortcuts: Leave out work that no answer shows: fill-mask scores the vocabulary at its masks
+            only. The scores differ from the pipeline's by rounding (1e-6).
         **knobs: Any of `Settings`, such as max_batch_size=8.
 
     Raises:
@@ -227,7 +230,9 @@ def serve(
     settings = Settings(**knobs)
 
     def load() -> Service:
-        loaded = load_model(model, task=task, device=device, pipeline_kwargs=pipeline_kwargs)
+        loaded = load_model(
+            model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
+        )
         try:
             return Service(loaded, settings, name=name)
         except SettingError as error:
@@ -301,6 +306,7 @@ def create_app(
     name: str = "default",
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
+    shortcuts: bool = True,
     token: str | None = None,
     **knobs: Any,
 ) -> Starlette:
@@ -314,6 +320,7 @@ def create_app(
         name: Shown on /info and the panel.
         device: As for `transformers.pipeline`.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
+        shortcuts: As for `serve()`.
         token: What `PATCH /settings` wants as bearer token; None takes it from the environment
             variable SERVING_KIT_TOKEN, and without that the route is off.
         **knobs: Any of `Settings`.
@@ -325,7 +332,9 @@ def create_app(
     settings = Settings(**knobs)
 
     def make_service() -> Service:
-        loaded = load_model(model, task=task, device=device, pipeline_kwargs=pipeline_kwargs)
+        loaded = load_model(
+            model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
+        )
         return Service(loaded, settings, name=name)
 
     return build_app(make_service, token=token or os.environ.get(TOKEN_VARIABLE) or None)

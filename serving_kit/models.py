@@ -26,6 +26,7 @@ from typing import Any
 
 from serving_kit.batching import Prepared
 from serving_kit.errors import InputRejected, MalformedRequest, StartError
+from serving_kit.mask_head import MaskHead, mask_head
 from serving_kit.tasks import TASKS, UNKNOWN, Task
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -110,11 +111,13 @@ class PipelineModel:
 
     Attributes:
         pipe: The pipeline itself, as loaded or as handed over; nothing in it is changed.
+        shortcuts: Whether work may be left out that no answer shows (`mask_head.py`).
         max_batch_size: 1 for a pipeline that cannot batch, else None. `batch_obstacle` says why.
     """
 
     pipe: Any
     name: str = ""
+    shortcuts: bool = True
     task: Task = UNKNOWN
     max_batch_size: int | None = None
     batch_obstacle: str = ""
@@ -123,6 +126,7 @@ class PipelineModel:
     _collate: Callable[[list[Any]], Any] | None = None
     _iterator: Any = None  # cuts a batch of outputs up again: the library's own
     _chunked: bool = False
+    _mask_head: MaskHead | None = None
 
     def __post_init__(self) -> None:
         from transformers.pipelines import base, pt_utils
@@ -140,6 +144,8 @@ class PipelineModel:
             self.max_batch_size = 1
         else:
             self._collate = base.pad_collate_fn(pipe.tokenizer, None)
+            if self.shortcuts and pipe.task == "fill-mask":
+                self._mask_head = mask_head(pipe, self._collate)
 
     @property
     def task_name(self) -> str:
@@ -214,6 +220,8 @@ class PipelineModel:
         inputs: list[_Tokenised] = [each.payload for each in batch]
         parameters = inputs[0].resolved.forward
         chunks = [chunk for each in inputs for chunk in each.chunks]
+        if self._mask_head is not None and self._collate is not None:
+            return self._mask_head.forward(self._collate(chunks))
         if len(chunks) == 1 or self._collate is None:
             outputs = [[self.pipe.forward(chunk, **parameters) for chunk in each.chunks] for each in inputs]
             return outputs if self._chunked else [output for (output,) in outputs]
@@ -262,6 +270,7 @@ def load_model(
     task: str | None = None,
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
+    shortcuts: bool = True,
 ) -> ServedModel:
     """Load what `serve(model)` was given, and warm it up.
 
@@ -273,20 +282,22 @@ def load_model(
         task: A task of `transformers.pipeline`; None lets it find out.
         device: As for `transformers.pipeline`; None takes the first accelerator, else the CPU.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
+        shortcuts: Leave out work that no answer shows: fill-mask scores the vocabulary at its masks only.
 
     Raises:
         StartError: with what to do about it.
     """
     served: ServedModel
     if model is None:
-        served = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
-        served.name = DEMO_NAME
+        pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
+        served = PipelineModel(pipe, DEMO_NAME, shortcuts)
     elif isinstance(model, (str, os.PathLike)):
-        served = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
+        pipe = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
+        served = PipelineModel(pipe, _short_name(os.fspath(model)), shortcuts)
     elif task or device is not None or pipeline_kwargs:
         raise StartError("task, device and pipeline_kwargs are for loading a model by its id or folder")
     elif all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
-        served = PipelineModel(model)
+        served = PipelineModel(model, shortcuts=shortcuts)
     elif callable(model):
         if inspect.iscoroutinefunction(model) or inspect.isgeneratorfunction(model):
             raise StartError(f"{_name(model)} must be a plain function from a list to a list, not async")
@@ -303,7 +314,7 @@ def load_model(
     return served
 
 
-def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> PipelineModel:
+def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> Any:
     try:
         from transformers import pipeline
         from transformers.pipelines import PIPELINE_REGISTRY
@@ -314,10 +325,9 @@ def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str,
     try:
         if task is not None:
             PIPELINE_REGISTRY.check_task(task)  # before the weights, which may take minutes
-        pipe = pipeline(task=task, model=source, **kwargs)
+        return pipeline(task=task, model=source, **kwargs)
     except Exception as error:
         raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
-    return PipelineModel(pipe, _short_name(source))
 
 
 def _explain(error: BaseException) -> str:

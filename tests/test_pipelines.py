@@ -22,7 +22,7 @@ WITHOUT_PARAMETERS = [task for task in TASKS if task not in PARAMETERS]
 @pytest.mark.parametrize("task", WITHOUT_PARAMETERS)
 def test_curl_gets_exactly_what_the_pipeline_returns(serve: Serve, task: str) -> None:
     pipe, text = tiny(task), example(task, 12)
-    server = serve(pipe)
+    server = serve(pipe, shortcuts=False)
     command = ["curl", "-sS", "-X", "POST", "-d", text, server.url + "/"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     assert json.loads(done.stdout) == plain(pipe(text))
