@@ -30,6 +30,7 @@ class BatchReason(StrEnum):
     BUDGET = "budget"  # one more item would exceed max_batch_tokens, or cost more than it saves
     IDLE = "idle"  # the model was free and nothing was worth waiting for
     DEADLINE = "deadline"  # the oldest item had waited max_wait_ms
+    ALL_PRESENT = "all_present"  # everybody who had been answered was back
     DRAIN = "drain"  # the server is stopping: finish what was admitted
 
 
