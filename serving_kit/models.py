@@ -19,10 +19,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving_kit.batching import Prepared
 from serving_kit.errors import InputRejected, MalformedRequest, StartError
@@ -33,7 +34,16 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
 # A tokeniser without a limit of its own reports a number like 1e30.
 _NO_LIMIT = 1_000_000
+_WARM_UP_S, _FEWEST_TIMINGS = 0.15, 3
 _PARAMETER_SETS = 128  # distinct parameter sets whose resolved form is kept
+
+
+class Timing(NamedTuple):
+    """What a batch took when the model was loaded."""
+
+    padded_tokens: int
+    tokens: int
+    seconds: float
 
 
 class CallableModel:
@@ -47,6 +57,7 @@ class CallableModel:
     device = "python"
     media = False
     max_batch_size: int | None = None
+    timings: Sequence[Timing] = ()
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -60,8 +71,9 @@ class CallableModel:
                 known = ", ".join(sorted(self.parameters)) or "none"
                 raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> list[Timing]:
         """Nothing: a function is not called with inputs that nobody sent."""
+        return []
 
     def estimate(self, value: Any) -> int:
         """One token each: nothing is known about what an input costs."""
@@ -122,6 +134,7 @@ class PipelineModel:
     max_batch_size: int | None = None
     batch_obstacle: str = ""
     longest: int | None = None  # tokens that one input may have
+    timings: Sequence[Timing] = ()  # of the batches that warmed it up
     _resolved: dict[str, _Resolved] = field(default_factory=dict)
     _collate: Callable[[list[Any]], Any] | None = None
     _iterator: Any = None  # cuts a batch of outputs up again: the library's own
@@ -168,21 +181,40 @@ class PipelineModel:
         for value in values:
             self.task.check_input(value)
 
-    def warm_up(self) -> None:
-        """Run one small input through all three steps, so that the first client does not pay for it."""
-        example = "a short example"
+    def warm_up(self) -> list[Timing]:
+        """Run a few small batches, so that the first client does not pay for the first call.
+
+        Returns:
+            What the batches after the first took, so that a cost is known from the start; fewer of
+            them on a slow model.
+        """
+        example = f"a short {self.pipe.tokenizer.mask_token}." if self.task_name == "fill-mask" else "a word "
         parameters: dict[str, Any] = {}
-        if self.task_name == "fill-mask":
-            example = f"a short {self.pipe.tokenizer.mask_token}."
-        elif self.task_name == "zero-shot-classification":
+        if self.task_name == "zero-shot-classification":
             parameters["candidate_labels"] = ["example"]
         elif self.task_name == "text-generation":
             parameters["max_new_tokens"] = 1
         elif self.task is UNKNOWN or not self.task.batches:
-            return
-        prepared = self.prepare(example, parameters)
-        for output in self.forward([prepared]):
+            return []
+        self._time([self.prepare(example, parameters)])  # initialises all that is lazy
+        if self.task_name == "text-generation":
+            return []  # a forward's cost is in what it generates, which this says nothing about
+        short, long = self.prepare(example, parameters), self.prepare(example * 12, parameters)
+        timings: list[Timing] = []
+        begun = time.perf_counter()
+        for batch in ([short], [long], [short] * 4, [long] * 4, [short] * 16):
+            if len(timings) >= _FEWEST_TIMINGS and time.perf_counter() - begun > _WARM_UP_S:
+                break
+            timings.append(self._time(batch[: self.max_batch_size]))
+        return timings
+
+    def _time(self, batch: list[Prepared]) -> Timing:
+        start = time.perf_counter()
+        for output, prepared in zip(self.forward(batch), batch, strict=True):
             self.finish(output, prepared)
+        tokens = sum(each.tokens for each in batch)
+        padded = len(batch) * max(each.tokens for each in batch)
+        return Timing(padded, tokens, time.perf_counter() - start)
 
     def estimate(self, value: Any) -> int:
         """About four characters make a token."""
@@ -308,7 +340,7 @@ def load_model(
             "or a function from a list to a list"
         )
     try:
-        served.warm_up()
+        served.timings = served.warm_up()
     except Exception as error:
         raise StartError(f"{served.name} is loaded, but cannot answer: {_explain(error)}") from error
     return served

@@ -60,6 +60,10 @@ class ServedModel(Model, Protocol):
     def media(self) -> bool:
         """Whether its inputs are images or sound."""
 
+    @property
+    def timings(self) -> Sequence[tuple[int, int, float]]:
+        """Batches that it has run already: padded tokens, tokens, seconds."""
+
     def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
 
@@ -122,6 +126,8 @@ class Service:
             on_error=self.keep_incident,
             clock=clock,
         )
+        for timing in model.timings:
+            self.batcher.scheduler.cost.observe(*timing)
         self._incidents: deque[Incident] = deque(maxlen=_KEPT_INCIDENTS)
         self._tuning = threading.Lock()
 

@@ -208,6 +208,16 @@ def test_out_of_memory_while_loading_names_the_remedies(monkeypatch: pytest.Monk
         load_model("a/b", task="fill-mask")
 
 
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "text-generation"])
+def test_what_a_batch_costs_is_known_when_a_model_is_loaded(task: str) -> None:
+    from serving_kit.service import Service
+
+    service = Service(load_model(tiny(task)))
+    cost = service.batcher.scheduler.cost
+    assert cost.known
+    assert cost.seconds(10) > 0
+
+
 def test_numpy_answers_become_numbers() -> None:
     assert dump_json({"a": np.float32(0.5), "b": np.arange(3)}) == b'{"a":0.5,"b":[0,1,2]}'
 
