@@ -19,7 +19,7 @@ from serving_kit.app import build_app
 from serving_kit.errors import SettingError, StartError
 from serving_kit.inline_server import bind
 from serving_kit.kit import TOKEN_VARIABLE
-from serving_kit.models import load_model
+from serving_kit.loading import load_model
 from serving_kit.service import Service
 from serving_kit.settings import KNOBS, Knob, Settings
 

@@ -29,7 +29,7 @@ from serving_kit import process_guard
 from serving_kit.app import build_app
 from serving_kit.errors import StartError
 from serving_kit.inline_server import InlineServer, bind
-from serving_kit.models import load_model
+from serving_kit.loading import load_model
 from serving_kit.service import Service
 from serving_kit.settings import Settings
 from tests.conftest import interrupt_the_main_thread, our_threads, run_script, until

@@ -11,7 +11,8 @@ import numpy as np
 
 from serving_kit.errors import InputRejected, MalformedRequest, StartError
 from serving_kit.formats import dump_json
-from serving_kit.models import CallableModel, PipelineModel, load_model
+from serving_kit.loading import load_model
+from serving_kit.models import CallableModel, PipelineModel
 from tests.tiny import PARAMETERS, TASKS, example, tiny
 
 LENGTHS = [3, 40, 11, 11, 25]
