@@ -32,7 +32,7 @@ from serving_kit.errors import (
     Unavailable,
 )
 from serving_kit.records import BatchRecord
-from serving_kit.scheduler import Batch, Drop, Item, Scheduler
+from serving_kit.scheduler import Batch, Drop, Item, Scheduler, State
 from serving_kit.settings import Settings
 
 THREAD_NAME = "serving-kit-model"
@@ -274,6 +274,8 @@ class Batcher:
         """Learn the lengths of new items; answer those that the model cannot take."""
         model = self._model()
         for item in items:
+            if item.state is not State.WAITING:
+                continue  # its client has left since
             job: Job = item.payload
             try:
                 prepared = model.prepare(job.value, job.parameters)

@@ -166,17 +166,19 @@ class Service:
         now = self.clock()
         ticket = Ticket(now, now + self.settings.timeout_s)
         self.metrics.add_arrival(now, self.batcher.scheduler.queue_depth)
-        outcome = Outcome.OK
+        outcome = Outcome.FAILED  # until the block has ended well: also for what nobody catches here
         try:
             yield ticket
+            outcome = Outcome.OK
         except ServingError as error:
             outcome = error.outcome
+            if error.__cause__ is not None and error.incident is None:  # raised on the way out
+                self.keep_incident(error, error.__cause__)
             raise
         except asyncio.CancelledError:
             outcome = Outcome.CANCELLED
             raise
         except Exception as error:
-            outcome = Outcome.FAILED
             failed = ModelFailed(
                 "the server failed on this request", detail=f"{type(error).__name__}: {error}"
             )

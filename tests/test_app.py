@@ -261,7 +261,11 @@ def test_expose_errors_shows_the_text_to_clients(client: httpx.Client) -> None:
 
 
 def test_an_answer_that_json_cannot_carry_is_a_failure_of_the_model(client: httpx.Client) -> None:
-    assert "cannot be written as JSON" in problem(client.post("/", content="nan"), 500)["error"]
+    body = problem(client.post("/", content="nan"), 500)
+    assert "cannot be written as JSON" in body["error"]
+    (incident,) = server_of(client).errors()
+    assert incident.id == body["incident"]
+    assert "not JSON compliant" in incident.error
 
 
 def test_a_bug_in_a_route_is_an_incident_and_never_a_traceback(

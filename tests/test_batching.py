@@ -333,6 +333,27 @@ def test_an_item_that_was_given_up_never_starts() -> None:
     assert drive(test).model.batches == [["busy"], ["kept"]]
 
 
+def test_an_item_that_was_given_up_is_not_even_prepared() -> None:
+    prepared: list[str] = []
+
+    async def test(bench: Bench) -> None:
+        original = bench.model.prepare
+
+        def prepare(value: Any, parameters: Mapping[str, Any]) -> Prepared:
+            prepared.append(value)
+            if value == "first":
+                bench.batcher.cancel([items[1]])
+            return original(value, parameters)
+
+        bench.model.prepare = prepare  # type: ignore[method-assign]
+        with busy(bench):
+            items = bench.submit("first", "given up", "last")
+        await result(items[2])
+
+    drive(test)
+    assert prepared == ["busy", "first", "last"]
+
+
 def test_an_item_whose_time_is_up_never_starts() -> None:
     async def test(bench: Bench) -> None:
         with busy(bench):
