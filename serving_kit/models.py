@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 from serving_kit.batching import Prepared
 from serving_kit.errors import InputRejected, MalformedRequest
+from serving_kit.fast_linear import use_fast_linear
 from serving_kit.mask_head import MaskHead, mask_head
 from serving_kit.tasks import TASKS, UNKNOWN, Task
+from serving_kit.twin import twin
 
 # A tokeniser without a limit of its own reports a number like 1e30.
 _NO_LIMIT = 1_000_000
@@ -118,8 +120,9 @@ class PipelineModel:
     """A `transformers` pipeline.
 
     Attributes:
-        pipe: The pipeline itself, as loaded or as handed over; nothing in it is changed.
-        shortcuts: Whether work may be left out that no answer shows (`mask_head.py`).
+        pipe: The pipeline that runs: a twin of the one that was loaded or handed over, around the same
+            weights, so that nothing in that one is changed. Without shortcuts, that one itself.
+        shortcuts: Whether work may be left out that no answer shows (`mask_head.py`, `fast_linear.py`).
         max_batch_size: 1 for a pipeline that cannot batch, else None. `batch_obstacle` says why.
     """
 
@@ -140,6 +143,11 @@ class PipelineModel:
     def __post_init__(self) -> None:
         from transformers.pipelines import base, pt_utils
 
+        if self.shortcuts:
+            own = twin(self.pipe)
+            if own is not self.pipe:  # else they would change what is not ours
+                use_fast_linear(own.model)
+            self.pipe = own
         pipe = self.pipe
         self.task = TASKS.get(pipe.task, UNKNOWN)
         self.name = self.name or _display_name(pipe)

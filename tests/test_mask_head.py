@@ -63,7 +63,7 @@ def test_the_head_sees_nothing_but_the_masks() -> None:
     pipe = masked("Bert")
     model = PipelineModel(pipe)
     seen = []
-    hook = pipe.model.cls.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    hook = model.pipe.model.cls.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     try:
         answers(model, TEXTS, {})
     finally:
@@ -85,7 +85,7 @@ def test_a_hook_is_never_left_behind() -> None:
     pipe = masked("Bert")
     model = PipelineModel(pipe)
     answers(model, TEXTS, {})
-    assert not pipe.model.base_model._forward_hooks
+    assert not model.pipe.model.base_model._forward_hooks
 
 
 def test_there_is_a_switch() -> None:

@@ -178,7 +178,12 @@ def test_a_folder_is_loaded_once_and_a_pipeline_not_again(tmp_path: Any) -> None
     assert (model.name, model.task_name, model.device) == ("my-model", "fill-mask", "cpu")
     held = load_model(pipe)
     assert isinstance(held, PipelineModel)
-    assert held.pipe is pipe
+    assert held.pipe.model.base_model.embeddings.word_embeddings.weight is (
+        pipe.model.base_model.embeddings.word_embeddings.weight
+    )
+    plain = load_model(pipe, shortcuts=False)
+    assert isinstance(plain, PipelineModel)
+    assert plain.pipe is pipe
 
 
 @pytest.mark.parametrize(
