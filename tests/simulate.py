@@ -2,12 +2,23 @@
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from serving_kit.cost import CostModel
 from serving_kit.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
+
+
+@dataclass(frozen=True)
+class End:
+    """How one item ended: ok, late, refused (at the door) or shed (after having waited)."""
+
+    tokens: int
+    how: str
+    after: float  # seconds from its arrival
 
 
 @dataclass
@@ -15,17 +26,43 @@ class Outcome:
     """What came of a simulated run."""
 
     seconds: float
-    latencies: list[float] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    refused: int = 0
+
+    @property
+    def latencies(self) -> list[float]:
+        return [end.after for end in self.ends if end.how in ("ok", "late")]
 
     @property
     def rate(self) -> float:
-        return len(self.latencies) / self.seconds
+        """Answers in time, per second."""
+        return sum(end.how == "ok" for end in self.ends) / self.seconds
 
     def quantile(self, q: float) -> float:
         return sorted(self.latencies)[int(q * (len(self.latencies) - 1))]
+
+    def share(self, how: str, of: tuple[str, ...] = ("ok", "late", "refused", "shed")) -> float:
+        """Share of the items that ended so among those that ended in one of the ways `of`."""
+        return sum(end.how == how for end in self.ends) / max(1, sum(end.how in of for end in self.ends))
+
+    def success_of_the_longest(self, share: float = 0.1) -> float:
+        """How often the longest items were answered in time, over how often all were."""
+        longest = sorted(self.ends, key=lambda end: end.tokens)[-int(share * len(self.ends)) :]
+        return sum(end.how == "ok" for end in longest) / len(longest) / self.share("ok")
+
+
+def lognormal(dice: random.Random) -> Callable[[], int]:
+    """Lengths as texts have them: median 40 tokens, from 4 to 256."""
+    return lambda: int(min(max(dice.lognormvariate(math.log(40), 0.8), 4), 256))
+
+
+def known_cost(a: float, b: float) -> CostModel:
+    """What warming up teaches."""
+    cost = CostModel()
+    for tokens in (8, 64, 256, 1024):
+        cost.observe(tokens, tokens, a + b * tokens)
+    return cost
 
 
 def simulate(
@@ -37,12 +74,22 @@ def simulate(
     turnaround: Callable[[], float] = lambda: 0.001,
     rate: float = 0.0,
     length: Callable[[], int] = lambda: 20,
+    timeout: float = 60.0,
+    estimate: Callable[[int], int] = lambda tokens: tokens,
+    noise: float = 0.0,
     seed: int = 1,
     **knobs: object,
 ) -> Outcome:
-    """Run `clients` in a closed loop, or Poisson arrivals at `rate` a second, against a + b * tokens."""
+    """Run `clients` in a closed loop, or Poisson arrivals at `rate` a second.
+
+    The model takes (a + b * padded tokens) * exp(normal(0, noise)) seconds. The door is told
+    `estimate(tokens)`; the truth comes out when the item is prepared.
+    """
     dice, order = random.Random(seed), itertools.count()
-    scheduler = Scheduler(Settings(max_queue_size=100_000, timeout_ms=60_000, **knobs))  # type: ignore[arg-type]
+    knobs = {"max_queue_size": 100_000, "timeout_ms": timeout * 1000, **knobs}
+    scheduler = Scheduler(Settings(**knobs))  # type: ignore[arg-type]
+    if timeout < 60:
+        scheduler.cost, scheduler._last_finished = known_cost(a, b), 0.0
     outcome = Outcome(seconds)
     events: list[tuple[float, int, str]] = []
 
@@ -58,25 +105,31 @@ def simulate(
         if now > seconds:
             break
         if what == "arrival":
-            item = Item(now, now + 60, length())
-            if scheduler.offer([item], now) is None:
-                scheduler.ready(item, item.tokens, "g")
-            else:
-                outcome.refused += 1
+            tokens = length()
+            item = Item(now, now + timeout, estimate(tokens), payload=tokens)
+            if scheduler.offer([item], now) is not None:
+                outcome.ends.append(End(tokens, "refused", 0.0))
             if rate:
                 later(now + dice.expovariate(rate), "arrival")
         elif what == "end":
             assert scheduler._running is not None
             for item in scheduler._running.items:
-                outcome.latencies.append(now - item.arrived)
+                how = "ok" if now <= item.deadline else "late"
+                outcome.ends.append(End(item.tokens, how, now - item.arrived))
                 if clients:
                     later(now + turnaround(), "arrival")
             scheduler.finished(now, ok=True)
+        if scheduler._running is None:  # the model thread prepares between two forwards
+            for item in scheduler.unprepared():
+                scheduler.ready(item, item.payload, "g")
         decision = scheduler.poll(now)
+        for item, _ in decision.dropped:
+            outcome.ends.append(End(item.tokens, "shed", now - item.arrived))
         if decision.batch is not None:
             outcome.sizes.append(len(decision.batch.items))
             outcome.reasons.append(decision.batch.reason)
-            later(now + a + b * decision.batch.padded_tokens, "end")
+            took = (a + b * decision.batch.padded_tokens) * math.exp(dice.gauss(0, noise) if noise else 0)
+            later(now + took, "end")
         elif decision.wake_at is not None:
             later(decision.wake_at, "wake")
     return outcome

@@ -1,0 +1,134 @@
+"""More work than the model can do: simulated with the real scheduler, so nothing here sleeps.
+
+A CPU's cost (3 ms a call, 0.15 ms a token), lengths as texts have them, 8 % noise, and an estimate of
+the lengths at the door that is 75 % too high and scatters by a fifth. The numbers in brackets refer to
+the list of invariants that the design asks for.
+"""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving_kit.scheduler import Item, Scheduler
+from serving_kit.settings import Settings
+from tests.simulate import Outcome, known_cost, lognormal, simulate
+
+pytestmark = pytest.mark.light
+
+A, B = 0.003, 150e-6
+CAPACITY = 86.0  # a second, in batches of one
+
+
+def overloaded(times: float, **more: object) -> Outcome:
+    dice = random.Random(5)
+
+    def guess(tokens: int) -> int:
+        return max(1, round(tokens * 1.75 * math.exp(dice.gauss(0, 0.2))))
+
+    return simulate(
+        40,
+        A,
+        B,
+        rate=times * CAPACITY,
+        length=lognormal(dice),
+        timeout=0.5,
+        estimate=guess,
+        noise=0.08,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def peak() -> float:
+    """The most answers in time per second, at any load."""
+    return max(overloaded(times).rate for times in (1.2, 1.5, 2.0))
+
+
+@pytest.mark.parametrize("times", [2, 5, 10])
+def test_an_overload_costs_nobody_but_those_who_are_too_many(times: float, peak: float) -> None:
+    run = overloaded(times)
+    assert run.rate >= 0.95 * peak
+    assert run.share("late", of=("ok", "late")) <= 0.01
+    assert run.success_of_the_longest() >= 0.8
+    assert run.share("shed", of=("ok", "late", "shed")) <= 0.01, "who is let in gets an answer"
+    refusals = sorted(end.after for end in run.ends if end.how in ("refused", "shed"))
+    assert refusals[int(0.99 * len(refusals))] <= 0.020, "and who is not let in hears it at once"
+
+
+def test_below_the_knee_everybody_is_answered() -> None:
+    run = overloaded(0.9)
+    assert run.share("ok") >= 0.99
+    assert run.success_of_the_longest() >= 0.98
+
+
+def test_the_door_learns_how_long_texts_really_are() -> None:
+    scheduler = Scheduler(Settings(max_queue_size=10_000))
+    for _ in range(200):
+        item = Item(0.0, 10.0, 70)
+        scheduler.offer([item], 0.0)
+        scheduler.ready(item, 40, "g")
+    newest = Item(0.0, 10.0, 70)
+    scheduler.offer([newest], 0.0)
+    assert newest.tokens == 40
+    assert scheduler._queued_tokens == 201 * 40
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    forwards=st.floats(3.5, 100),
+    a=st.floats(1e-4, 0.02),
+    b=st.floats(1e-6, 3e-4),
+    most=st.integers(4, 32),
+)
+@settings(deadline=None, max_examples=300)
+def test_who_is_admitted_is_answered_if_nobody_comes_after(
+    lengths: list[int], forwards: float, a: float, b: float, most: int
+) -> None:
+    """[11] With a cost that is known exactly, and texts of which none takes a third of the timeout."""
+    timeout = forwards * (a + b * 300)
+    scheduler = Scheduler(Settings(max_batch_size=most, timeout_ms=timeout * 1000), known_cost(a, b))
+    # What such texts cost per token, as a running server has measured it.
+    scheduler.cost.seconds_per_token = b + a / (sum(lengths) / len(lengths))
+    scheduler._last_finished = now = 0.0
+    for tokens in lengths:
+        item = Item(now, now + timeout, tokens)
+        if scheduler.offer([item], now) is None:
+            scheduler.ready(item, tokens, "g")
+    while scheduler.queue_depth:
+        decision = scheduler.poll(now)
+        assert not decision.dropped
+        assert decision.batch is not None
+        now += a + b * decision.batch.padded_tokens
+        scheduler.finished(now, ok=True)
+        assert all(each.deadline >= now for each in decision.batch.items)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    most=st.integers(1, 8),
+    young=st.lists(st.integers(1, 300), max_size=60),
+)
+@settings(deadline=None)
+def test_nobody_starves(lengths: list[int], most: int, young: list[int]) -> None:
+    """[7] With p older items ahead an item is in one of the next p + 1 batches, whoever comes after."""
+    scheduler = Scheduler(Settings(max_batch_size=most, max_queue_size=1000), known_cost(A, B))
+    for tokens in lengths:
+        item = Item(0.0, 1e6, tokens)
+        scheduler.offer([item], 0.0)
+        scheduler.ready(item, tokens, "g")
+    last, now = item, 0.0
+    for batches in range(len(lengths)):
+        if last.started is not None:
+            break
+        decision = scheduler.poll(now)
+        assert decision.batch is not None, batches
+        now += 1.0
+        scheduler.finished(now, ok=True)
+        if young:
+            newcomer = Item(now, 1e6, young.pop())
+            scheduler.offer([newcomer], now)
+            scheduler.ready(newcomer, newcomer.tokens, "g")
+    assert last.started is not None
