@@ -18,6 +18,7 @@ from typing import Any
 
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
 CACHE = Path(__file__).parent.parent / ".out" / "bench-models"
+TEXTS_FILE, EQUAL_TEXTS_FILE = "texts.json", "texts-equal.json"
 SEED = 20_24
 TEXTS = 600
 MEDIAN_TOKENS, SIGMA, SHORTEST, LONGEST = 40, 0.8, 4, 256
@@ -27,9 +28,9 @@ _CHECKED = 6  # texts whose answers every server has to get right before it is m
 
 
 def folder(task: str) -> Path:
-    """The model of a task, with `texts.json` and `answers.json` beside it; built if it is not there."""
+    """The model of a task, with texts and `answers.json` beside it; built if it is not there."""
     home = CACHE / task
-    if not (home / "answers.json").exists():
+    if not ((home / "answers.json").exists() and (home / EQUAL_TEXTS_FILE).exists()):
         _build(task, home)
     return home
 
@@ -52,13 +53,17 @@ def _build(task: str, home: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(home)
     texts = make_texts(task, tokenizer.get_vocab(), random.Random(SEED))
-    (home / "texts.json").write_text(json.dumps(texts))
+    (home / TEXTS_FILE).write_text(json.dumps(texts))
+    equal = make_texts(task, tokenizer.get_vocab(), random.Random(SEED), sigma=0.0)
+    (home / EQUAL_TEXTS_FILE).write_text(json.dumps(equal))
     pipe = pipeline(task, model=str(home), device="cpu")
     answers = [[text, pipe(text)] for text, _ in texts[:_CHECKED]]
     (home / "answers.json").write_text(json.dumps(answers))
 
 
-def make_texts(task: str, vocabulary: dict[str, int], rng: random.Random) -> list[tuple[str, int]]:
+def make_texts(
+    task: str, vocabulary: dict[str, int], rng: random.Random, sigma: float = SIGMA
+) -> list[tuple[str, int]]:
     """Texts and their lengths in tokens: lognormal, every word one token, one [MASK] if the task has it."""
     words = sorted(
         word
@@ -67,7 +72,7 @@ def make_texts(task: str, vocabulary: dict[str, int], rng: random.Random) -> lis
     )
     texts = []
     for _ in range(TEXTS):
-        drawn = rng.lognormvariate(math.log(MEDIAN_TOKENS), SIGMA)
+        drawn = rng.lognormvariate(math.log(MEDIAN_TOKENS), sigma)
         tokens = round(min(max(drawn, SHORTEST), LONGEST))
         text = rng.choices(words, k=tokens - 2)  # [CLS] and [SEP] are the other two
         if task == "fill-mask":

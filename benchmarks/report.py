@@ -27,7 +27,7 @@ COLOURS = {
     "batched": "#4f8fd0",
     OURS: "#d1495b",
 }
-_PEERS_TO_BEAT = 1.3
+_PEERS_TO_BEAT, _EQUAL_LENGTHS = 1.3, 0.98
 
 Run = Mapping[str, Any]
 Task = Mapping[str, Any]
@@ -77,7 +77,12 @@ def text(results: Mapping[str, Any]) -> str:
 def knees(task: Task) -> str:
     knee = task["knee_per_s"]
     useful = task["useful_tokens"]
+    raw = task["raw_per_s"]
     words = f"Knee: {pairs({name: f'{rate:.0f}/s' for name, rate in knee.items()})}. " if knee else ""
+    if task["equal_lengths_per_s"]:
+        equal = {name: f"{rate:.0f}/s" for name, rate in task["equal_lengths_per_s"].items()}
+        words += f"On texts of one length: {pairs(equal)}. "
+    words += f"Ours without a server, in ideal batches: {raw:.0f}/s. " if raw else ""
     return words + (f"Of the tokens that ours computes, {useful:.0%} are useful." if useful else "")
 
 
@@ -157,6 +162,11 @@ def throughput(name: str, task: Task) -> list[list[str]]:
     if others and OURS in task["knee_per_s"]:
         measured = ratio(task["knee_per_s"][OURS], max(others))
         rows.append(at_least(f"{name}: knee / best peer's", _PEERS_TO_BEAT, measured))
+        equal = task["equal_lengths_per_s"]
+        measured = ratio(equal[OURS], max(rate for peer, rate in equal.items() if peer != OURS))
+        rows.append(at_least(f"{name}: the same on texts of one length", _EQUAL_LENGTHS, measured))
+    served = max(run["answers_per_s"] for run in task["closed"][OURS].values())
+    rows.append(at_least(f"{name}: served / no server, ideal batches", 0.9, served / task["raw_per_s"]))
     return rows
 
 

@@ -6,7 +6,8 @@
 
 For each task: the guide's server answers one client at a time, and that rate is 1x. Then, for every
 server, closed loops and open loops; every peer has had its batch size tuned before. For ours and the
-best peer the knee: the highest load of which 99 % is answered within the SLO.
+best peer the knee: the highest load of which 99 % is answered within the SLO, on the texts and on texts
+of one length. And what the core could answer if there were no server (`raw_limit.py`).
 
 Servers that have a timeout (LitServe, mosec, ours) get 10 s in closed loops, which ask for throughput
 alone, and the SLO in open loops. It is given to all of them alike.
@@ -42,6 +43,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 OURS, PEERS = ROOT / ".venv" / "bin" / "python", ROOT / ".venv-bench" / "bin" / "python"
 SERVER_CORE, GENERATOR_CORE = "0", "1"
+ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 SLO_MS = 500.0
 PATIENT_MS = 10_000.0
 _START_S, _LIFETIME_S, _DRAIN_S = 60.0, 600, 2.5
@@ -88,7 +90,7 @@ class Plan:
     closed_seconds: float = 3.0
     tuning_seconds: float = 1.5
     closed: tuple[int, ...] = (1, 4, 16, 64)
-    open: tuple[float, ...] = (0.5, 1, 2, 3, 5, 10)
+    open: tuple[float, ...] = (0.5, 1, 2, 4, 10)
     batch_sizes: tuple[int, ...] = (1, 4, 8, 16)
     knee_steps: int = 5
     knee_multiples: tuple[float, ...] = (2, 5, 10)
@@ -122,10 +124,9 @@ class Running:
             *("--port", str(self.port), "--batch-size", str(self.batch_size)),
             *("--timeout-ms", str(self.timeout_ms), *model),
         ]
-        alone = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         log = (ROOT / ".out" / f"bench-{self.kind.name}.log").open("wb")
         self._process = subprocess.Popen(
-            command, env={**os.environ, **alone}, stdout=log, stderr=log, start_new_session=True
+            command, env={**os.environ, **ALONE}, stdout=log, stderr=log, start_new_session=True
         )
         log.close()
         give_up = time.monotonic() + _START_S
@@ -177,7 +178,7 @@ class Running:
             "port": self.port,
             "path": self.kind.path,
             "content_type": self.kind.content_type,
-            "texts": str(models.folder(self.task or "text-classification") / "texts.json"),
+            "texts": str(models.folder(self.task or "text-classification") / models.TEXTS_FILE),
             "seconds": plan.seconds,
             "warmup": plan.warmup,
             "slo_ms": SLO_MS,
@@ -248,7 +249,9 @@ def measure(task: str, kinds: Sequence[Kind], plan: Plan) -> Result:
         "closed": {},
         "open": {},
         "useful_tokens": None,
+        "raw_per_s": raw_limit(task) if any(kind.name == "ours" for kind in kinds) else None,
         "knee_per_s": {},
+        "equal_lengths_per_s": {},
         "beyond_knee": {},
     }
     for kind in kinds:
@@ -271,7 +274,27 @@ def measure(task: str, kinds: Sequence[Kind], plan: Plan) -> Result:
                     result["beyond_knee"] = {
                         k: server.load(plan, rate=k * knee) for k in (1.0, *plan.knee_multiples)
                     }
+                equal = str(models.folder(task) / models.EQUAL_TEXTS_FILE)
+                short = dataclasses.replace(plan, seconds=plan.closed_seconds)
+                run = server.load(short, clients=_TUNING_CLIENTS, texts=equal)
+                print(f"  {name}: texts of one length", flush=True)
+                result["equal_lengths_per_s"][name] = find_knee(
+                    server, plan, run["answers_per_s"], texts=equal
+                )
     return result
+
+
+def raw_limit(task: str) -> float:
+    """Texts per second of the model alone, on the servers' core."""
+    done = subprocess.run(
+        ["taskset", "-c", SERVER_CORE, str(OURS), str(HERE / "raw_limit.py"), task],
+        env={**os.environ, **ALONE},
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    print(f"  no server, ideal batches: {float(done.stdout):.1f}/s", flush=True)
+    return float(done.stdout)
 
 
 def tune(kind: Kind, task: str, plan: Plan) -> Result:
@@ -296,12 +319,12 @@ def knees_wanted(runs: Mapping[str, Mapping[float, Result]]) -> list[str]:
     return [*(["ours"] if "ours" in runs else []), *peers[-1:]]
 
 
-def find_knee(server: Running, plan: Plan, peak: float) -> float:
+def find_knee(server: Running, plan: Plan, peak: float, **job: Any) -> float:
     """The highest offered rate of which 99 % is answered within the SLO, by bisection."""
     low, high = 0.0, 1.5 * peak
     for _ in range(plan.knee_steps):
         rate = (low + high) / 2
-        run = server.load(plan, rate=rate)
+        run = server.load(plan, rate=rate, **job)
         if run["attainment"] is not None and run["attainment"] >= _KNEE:
             low = rate
         else:

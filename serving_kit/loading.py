@@ -40,7 +40,7 @@ def load_model(
         task: A task of `transformers.pipeline`; None lets it find out.
         device: As for `transformers.pipeline`; None takes the first accelerator, else the CPU.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
-        shortcuts: Leave out work that no answer shows: fill-mask scores the vocabulary at its masks only.
+        shortcuts: Take shorter roads to the same answers (`mask_head.py`, `fast_linear.py`).
 
     Raises:
         StartError: with what to do about it.
