@@ -132,3 +132,14 @@ def test_nobody_starves(lengths: list[int], most: int, young: list[int]) -> None
             scheduler.offer([newcomer], now)
             scheduler.ready(newcomer, newcomer.tokens, "g")
     assert last.started is not None
+
+
+def test_the_same_code_finds_small_batches_on_a_cpu_and_big_ones_on_a_gpu() -> None:
+    """Only the learned cost differs: on the GPU a call costs as much as thousands of tokens."""
+
+    def mean_size(a: float, b: float) -> float:
+        run = simulate(20, a, b, clients=64, length=lognormal(random.Random(5)), timeout=20)
+        return sum(run.sizes) / len(run.sizes)
+
+    assert mean_size(A, B) < 10
+    assert mean_size(6e-3, 2e-6) > 20
