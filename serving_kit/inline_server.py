@@ -69,6 +69,9 @@ def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
             if error.errno == errno.EACCES:
                 raise StartError(f"port {candidate} needs more rights; take one above 1023") from error
             raise StartError(f"cannot listen on {host}:{candidate}: {error.strerror or error}") from error
+        # asyncio turns Nagle's algorithm off only on sockets that are said to be TCP, and accepted ones
+        # take after this one. With it every answer on a kept connection waits 40 ms for the client's ACK.
+        sock = socket.socket(sock.family, sock.type, socket.IPPROTO_TCP, fileno=sock.detach())
         _sockets.add(sock)
         return sock
     raise StartError(f"port {port} is taken by another program; pass another one, or port=0 for any free one")

@@ -137,6 +137,16 @@ def test_a_bare_asgi_function_is_served_when_start_returns(start: Any) -> None:
     assert is_free(server.port)
 
 
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement(start: Any) -> None:
+    server = start(saying("hello"))
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(9) == b"HTTP/1.1 "
+        (connection,) = server._server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_an_app_may_leave_on_the_lifespan_event_without_a_word(start: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
