@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import itertools
 import math
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +30,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -50,6 +50,7 @@ from serving_kit.errors import (
     SlowRequest,
     Unavailable,
 )
+from serving_kit.guard import Access, Headers
 from serving_kit.metrics import HISTORY_S
 from serving_kit.openapi import describe
 from serving_kit.service import Service
@@ -75,20 +76,20 @@ _PROCESS = secrets.token_hex(4).encode()
 _numbers = itertools.count(1)
 _PLAIN = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
-Headers = Mapping[bytes, bytes]
+_PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
 _PAGE = Path(__file__).parent / "panel.html"
 _SCRIPT = Path(__file__).parent / "panel.js"
 
 
 def build_app(
-    service: Service | Callable[[], Service], *, token: str | None = None, drain_s: float = 5.0
+    service: Service | Callable[[], Service], *, access: Access | None = None, drain_s: float = 5.0
 ) -> Starlette:
     """The ASGI app around one service.
 
     Args:
         service: The service; or what makes it, called once when the app starts, on a thread where it
             may take its time to load a model.
-        token: What `PATCH /settings` wants as bearer token; None turns that route off.
+        access: Who may ask; None: this machine, and nobody may change settings.
         drain_s: Seconds to finish what was admitted when the app stops.
     """
 
@@ -102,6 +103,21 @@ def build_app(
         finally:
             await made.stop(drain_s)
 
+    access = access or Access()
+    # CORS stays outside: a page that may ask must be able to read the refusals, too.
+    cors = (
+        [
+            Middleware(
+                CORSMiddleware,
+                allow_origins=sorted(access.origins),
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        ]
+        if access.origins
+        else []
+    )
     app = Starlette(
         routes=[
             Route("/", predict, methods=["POST"]),
@@ -116,11 +132,11 @@ def build_app(
             Route("/settings", read_settings, methods=["GET"]),
             Route("/settings", change_settings, methods=["PATCH"]),
         ],
-        middleware=[Middleware(_Front)],
+        middleware=[*cors, Middleware(_Front, access=access)],
         exception_handlers={HTTPException: _raise_again},
         lifespan=lifespan,
     )
-    app.state.token = token
+    app.state.access = access
     return app
 
 
@@ -333,11 +349,10 @@ async def read_settings(request: Request) -> Response:
 async def change_settings(request: Request) -> Response:
     """PATCH /settings: change some knobs, all or none; answers with all of them."""
     service: Service = request.app.state.service
-    token: str | None = request.app.state.token
-    if token is None:
+    access: Access = request.app.state.access
+    if access.token is None:
         raise HTTPException(403, "this server was started without a token, so its settings cannot be changed")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+    if not access.holds_token(_headers(request.scope)):
         raise HTTPException(
             401,
             "changing settings needs the token that the panel shows: Authorization: Bearer <token>",
@@ -370,20 +385,23 @@ class _Collector:
 
 
 class _Front:
-    """Gives every response a request id, and every exception a response.
+    """Turns away who may not ask, gives every response a request id, and every exception a response.
 
     Pure ASGI, inside Starlette's own error middleware: nothing gets past it, so nothing is ever
     logged by a server thread into somebody's cell.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
+        self.access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(_headers(scope).get(b"x-request-id"))
+        headers = _headers(scope)
+        request_id = _request_id(headers.get(b"x-request-id"))
+        method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -394,7 +412,12 @@ class _Front:
             await send(message)
 
         try:
-            if scope["method"] == "POST" and scope["path"].removeprefix(scope.get("root_path", "")) == "/":
+            refusal = self.access.refusal(method, path, scope.get("server"), headers)
+            if method == "GET" and path == "/" and (pass_ := self._pass(scope)) is not None:
+                await pass_(scope, receive, send_with_id)
+            elif refusal is not None:
+                raise HTTPException(refusal.status, refusal.text, refusal.headers)
+            elif method == "POST" and path == "/":
                 await predict(scope, receive, send_with_id)  # the router would cost as much as the answer
             else:
                 await self.app(scope, receive, send_with_id)
@@ -402,6 +425,13 @@ class _Front:
             if not started:
                 response = _problem(error, request_id.decode(), scope["app"])
                 await response(scope, receive, send_with_id)
+
+    def _pass(self, scope: Scope) -> Response | None:
+        """For who opens `/?token=...`: a cookie, and the same page without the token in its address."""
+        cookie = self.access.pass_for(scope["query_string"], scope.get("server"))
+        if cookie is None:
+            return None
+        return Response(status_code=303, headers={"location": ".", "set-cookie": cookie, **_PRIVATE})
 
 
 async def _raise_again(request: Request, error: Exception) -> Response:
