@@ -2,7 +2,7 @@
 
     body ── formats.decode ──▶ service.predict ──▶ formats.encode ──▶ 200
                   │                   │
-                  └── ServingError ───┴──▶ _Guard: STATUS, application/problem+json, X-Request-Id
+                  └── ServingError ───┴──▶ _Front: STATUS, application/problem+json, X-Request-Id
 
 The app is built by a factory and nothing asyncio exists before its lifespan, so that the same app runs
 in a notebook, under `uvicorn` and elsewhere. The service lives on `app.state.service`. URLs are
@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import itertools
 import math
+import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,6 +50,7 @@ from serving_kit.errors import (
     SlowRequest,
     Unavailable,
 )
+from serving_kit.guard import Access, Headers
 from serving_kit.metrics import HISTORY_S
 from serving_kit.openapi import describe
 from serving_kit.service import Service
@@ -69,21 +72,24 @@ _LONG_CHUNK = 100_000  # bytes of JSON, written in about 0.1 ms
 _LONGEST_RETRY_S = 30  # clients give up above 120; a queue that long is better polled
 # Request ids are names, not secrets: one random part for the process and a number, because fresh random
 # bytes for each were a fifth of what a request with an instant model costs.
-_PROCESS = secrets.token_hex(4)
+_PROCESS = secrets.token_hex(4).encode()
 _numbers = itertools.count(1)
+_PLAIN = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+_LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
+_PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
 _PAGE = Path(__file__).parent / "panel.html"
 _SCRIPT = Path(__file__).parent / "panel.js"
 
 
 def build_app(
-    service: Service | Callable[[], Service], *, token: str | None = None, drain_s: float = 5.0
+    service: Service | Callable[[], Service], *, access: Access | None = None, drain_s: float = 5.0
 ) -> Starlette:
     """The ASGI app around one service.
 
     Args:
         service: The service; or what makes it, called once when the app starts, on a thread where it
             may take its time to load a model.
-        token: What `PATCH /settings` wants as bearer token; None turns that route off.
+        access: Who may ask; None: this machine, and nobody may change settings.
         drain_s: Seconds to finish what was admitted when the app stops.
     """
 
@@ -97,6 +103,21 @@ def build_app(
         finally:
             await made.stop(drain_s)
 
+    access = access or Access()
+    # CORS stays outside: a page that may ask must be able to read the refusals, too.
+    cors = (
+        [
+            Middleware(
+                CORSMiddleware,
+                allow_origins=sorted(access.origins),
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        ]
+        if access.origins
+        else []
+    )
     app = Starlette(
         routes=[
             Route("/", predict, methods=["POST"]),
@@ -111,26 +132,41 @@ def build_app(
             Route("/settings", read_settings, methods=["GET"]),
             Route("/settings", change_settings, methods=["PATCH"]),
         ],
-        middleware=[Middleware(_Guard)],
+        middleware=[*cors, Middleware(_Front, access=access)],
         exception_handlers={HTTPException: _raise_again},
         lifespan=lifespan,
     )
-    app.state.token = token
+    app.state.access = access
     return app
 
 
 # -- the one route that matters -------------------------------------------------------------------
 
 
-async def predict(request: Request) -> Response:
-    """POST /: one text, or `{"inputs", "parameters"}`."""
-    service: Service = request.app.state.service
-    with service.observe() as ticket:
-        ticket.limit(_asked_timeout(request))
-        body = await _read_body(request, service, ticket.deadline)
-        call = formats.decode(body, request.headers.get("content-type", ""), service.task)
-        answers = await _unless_gone(request, service.predict(call.values, call.parameters, ticket))
-        return Response(await _encoded(call, answers, service.task), media_type="application/json")
+class _Predict:
+    """POST /: one text, or `{"inputs", "parameters"}`.
+
+    An ASGI app of its own: a request and a response object cost as much as reading and writing them.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service: Service = scope["app"].state.service
+        headers = _headers(scope)
+        with service.observe() as ticket:
+            ticket.limit(_asked_timeout(headers))
+            with _Attention(receive, ticket.deadline - service.clock()) as attention:
+                body = await _read_body(service, headers, receive)
+                attention.body_is_here()
+                content_type = headers.get(b"content-type", b"").decode("latin-1")
+                call = formats.decode(body, content_type, service.task)
+                answers = await service.predict(call.values, call.parameters, ticket)
+                answer = await _encoded(call, answers, service.task)
+        head = [(b"content-length", b"%d" % len(answer)), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": answer})
+
+
+predict = _Predict()
 
 
 async def _encoded(call: formats.Call, answers: list[Any], task: str) -> bytes:
@@ -143,57 +179,93 @@ async def _encoded(call: formats.Call, answers: list[Any], task: str) -> bytes:
     return b"".join(chunks)
 
 
-async def _read_body(request: Request, service: Service, deadline: float) -> bytes:
-    """The body, within its bounds of size and time, whatever its headers say."""
+async def _read_body(service: Service, headers: Headers, receive: Receive) -> bytes:
+    """The body, within its bound of size, whatever its headers say."""
     limit = service.max_body_bytes
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise MalformedRequest("compressed bodies are not accepted; send the body as it is")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced[:20]) > limit:
-        raise RequestTooLarge(f"the body has {announced[:20]} bytes; the most is {limit} (max_body_bytes)")
-    chunks, size = [], 0
-    try:
-        async with asyncio.timeout(deadline - service.clock()):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise RequestTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
-                chunks.append(chunk)
-    except TimeoutError:
-        raise SlowRequest("the body did not arrive within the request's time") from None
-    except ClientDisconnect:
-        raise ClientGone("the client left while sending") from None
+    announced = headers.get(b"content-length", b"")[:20]
+    if announced.isdigit() and int(announced) > limit:
+        raise RequestTooLarge(
+            f"the body has {announced.decode()} bytes; the most is {limit} (max_body_bytes)"
+        )
+    chunks, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left while sending")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise RequestTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
+        chunks.append(chunk)
+        more = message.get("more_body", False)
     return b"".join(chunks)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """Await `work`, but give it up as soon as the client closes the connection."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
+class _Attention:
+    """Ends what the current task does for a client: its body does not come, or it has left.
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
+    Most requests end before anybody had looked, and looking costs as much as an instant model. So each
+    has one timer, and only those that are still there when it fires get a deadline or a watcher.
+    """
+
+    __slots__ = ("_body_is_here", "_deadline", "_error", "_late", "_loop", "_receive", "_task", "_timer")
+
+    def __init__(self, receive: Receive, patience_s: float) -> None:
+        """Be ready to give up on a body after `patience_s` seconds."""
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + patience_s
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | asyncio.Task[None] = self._loop.call_later(
+            min(_LOOK_AFTER_S, patience_s), self._look
+        )
+        self._late = self._body_is_here = False
+        self._error: ServingError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def body_is_here(self) -> None:
+        """The whole body has been read: whatever comes now is the client's leaving."""
+        self._body_is_here = True
+        if self._late:
+            self._timer.cancel()
+            self._look()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._error is None or self._task is None:
+            return
+        others = self._task.uncancel()  # somebody else wants it to end, too: the server is being stopped
+        if not others and isinstance(error, asyncio.CancelledError):
+            raise self._error from None
+
+    def _look(self) -> None:
+        self._late = True
+        if self._body_is_here:
+            self._timer = self._loop.create_task(self._watch())
+        else:
+            slow = SlowRequest("the body did not arrive within the request's time")
+            self._timer = self._loop.call_at(self._deadline, self._end, slow)
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        task.cancel()
+        self._end(ClientGone("the client left before its answer was ready"))
 
-    watcher = asyncio.create_task(watch())
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not gone:
-            raise  # the server itself is being stopped
-        task.uncancel()
-        raise ClientGone("the client left before its answer was ready") from None
-    finally:
-        watcher.cancel()
+    def _end(self, error: ServingError) -> None:
+        assert self._task is not None
+        self._error = error
+        self._task.cancel()
 
 
-def _asked_timeout(request: Request) -> float | None:
+def _asked_timeout(headers: Headers) -> float | None:
     """Seconds that the client gives itself (`X-Request-Timeout-Ms`)."""
-    asked = request.headers.get("x-request-timeout-ms")
+    asked = headers.get(b"x-request-timeout-ms")
     if asked is None:
         return None
     try:
@@ -277,17 +349,17 @@ async def read_settings(request: Request) -> Response:
 async def change_settings(request: Request) -> Response:
     """PATCH /settings: change some knobs, all or none; answers with all of them."""
     service: Service = request.app.state.service
-    token: str | None = request.app.state.token
-    if token is None:
+    access: Access = request.app.state.access
+    if access.token is None:
         raise HTTPException(403, "this server was started without a token, so its settings cannot be changed")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+    if not access.holds_token(_headers(request.scope)):
         raise HTTPException(
             401,
             "changing settings needs the token that the panel shows: Authorization: Bearer <token>",
             {"www-authenticate": "Bearer"},
         )
-    body = await _read_body(request, service, service.clock() + service.settings.timeout_s)
+    with _Attention(request.receive, service.settings.timeout_s):
+        body = await _read_body(service, _headers(request.scope), request.receive)
     changes = formats.parse_json(body)
     if not isinstance(changes, dict):
         raise MalformedRequest('settings must be an object: {"max_batch_size": 8}')
@@ -312,40 +384,58 @@ class _Collector:
 # -- errors ---------------------------------------------------------------------------------------
 
 
-class _Guard:
-    """Gives every response a request id, and every exception a response.
+class _Front:
+    """Turns away who may not ask, gives every response a request id, and every exception a response.
 
     Pure ASGI, inside Starlette's own error middleware: nothing gets past it, so nothing is ever
     logged by a server thread into somebody's cell.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
+        self.access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(dict(scope["headers"]).get(b"x-request-id", b""))
+        headers = _headers(scope)
+        request_id = _request_id(headers.get(b"x-request-id"))
+        method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"].append((b"x-request-id", request_id.encode()))
+                message["headers"].append((b"x-request-id", request_id))
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            refusal = self.access.refusal(method, path, scope.get("server"), headers)
+            if method == "GET" and path == "/" and (pass_ := self._pass(scope)) is not None:
+                await pass_(scope, receive, send_with_id)
+            elif refusal is not None:
+                raise HTTPException(refusal.status, refusal.text, refusal.headers)
+            elif method == "POST" and path == "/":
+                await predict(scope, receive, send_with_id)  # the router would cost as much as the answer
+            else:
+                await self.app(scope, receive, send_with_id)
         except Exception as error:
             if not started:
-                response = _problem(error, request_id, scope["app"])
+                response = _problem(error, request_id.decode(), scope["app"])
                 await response(scope, receive, send_with_id)
+
+    def _pass(self, scope: Scope) -> Response | None:
+        """For who opens `/?token=...`: a cookie, and the same page without the token in its address."""
+        cookie = self.access.pass_for(scope["query_string"], scope.get("server"))
+        if cookie is None:
+            return None
+        return Response(status_code=303, headers={"location": ".", "set-cookie": cookie, **_PRIVATE})
 
 
 async def _raise_again(request: Request, error: Exception) -> Response:
-    """Leave 404, 405 and friends to `_Guard`, like every other error."""
+    """Leave 404, 405 and friends to `_Front`, like every other error."""
     raise error
 
 
@@ -396,12 +486,16 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
     return _json(body, status, headers, "application/problem+json")
 
 
-def _request_id(given: bytes) -> str:
+def _headers(scope: Scope) -> Headers:
+    """By name, in lower case; of several with one name the last."""
+    return dict(scope["headers"])
+
+
+def _request_id(given: bytes | None) -> bytes:
     """The client's own id if it is short and plain, else a new one."""
-    text = given.decode("ascii", "replace")
-    if 0 < len(text) <= 128 and all(c.isalnum() or c in "-_.:" for c in text) and text.isascii():
-        return text
-    return f"{_PROCESS}{next(_numbers):08x}"
+    if given and _PLAIN.fullmatch(given):
+        return given
+    return b"%s%08x" % (_PROCESS, next(_numbers))
 
 
 def _json(

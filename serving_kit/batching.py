@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -74,8 +74,7 @@ class Model(Protocol):
         """Make one output presentable."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """How one item ended. Errors travel as values: a future that nobody reads must not complain."""
 
     value: Any = None

@@ -17,6 +17,7 @@ import uvicorn
 from serving_kit import __version__
 from serving_kit.app import build_app
 from serving_kit.errors import SettingError, StartError
+from serving_kit.guard import access, is_loopback
 from serving_kit.inline_server import bind
 from serving_kit.kit import TOKEN_VARIABLE
 from serving_kit.loading import load_model
@@ -41,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     host, port = sock.getsockname()[:2]
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     print(f"serving {service.model_name} ({service.task}, {service.device}) at {url}")
-    print(f"token for PATCH /settings: {token}", flush=True)
-    app = build_app(service, token=token)
+    if is_loopback(options.host):
+        print(f"token for PATCH /settings: {token}", flush=True)
+    else:
+        print(f"other machines can reach it, so everything needs the token: {token}")
+        print(f"in a browser: {url}/?token={token}", flush=True)
+    rule = access(token, options.host, allowed_hosts=options.allow_host, allowed_origins=options.allow_origin)
+    app = build_app(service, access=rule)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
     uvicorn.Server(config).run(sockets=[sock])
     return 0
@@ -63,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument(
         "--port", type=int, default=8000, help="port; 0 takes any free one (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name that it may be asked by"
+    )
+    serve.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask (CORS)"
     )
     knobs = serve.add_argument_group(
         "settings", "all of them can also be changed while it runs: PATCH /settings"

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from serving_kit import process_guard
 from serving_kit.app import build_app
 from serving_kit.errors import ServingError, SettingError, StartError
+from serving_kit.guard import Access, access, is_loopback
 from serving_kit.inline_server import InlineServer, bind
 from serving_kit.loading import load_model
 from serving_kit.records import Incident
@@ -30,7 +31,6 @@ from serving_kit.settings import Settings, refuse_unknown
 
 TOKEN_VARIABLE = "SERVING_KIT_TOKEN"
 _PORTS_TO_TRY = 100
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
 _servers: dict[str, Server] = sys.__dict__.setdefault("_serving_kit_servers", {})
 _lock = threading.RLock()
@@ -42,7 +42,7 @@ class Server:
     Attributes:
         name: What `serve(name=...)` said; a second server of that name replaces this one.
         url: Where code in this kernel reaches it.
-        token: What `PATCH /settings` wants as bearer token.
+        token: What changing settings wants as bearer token, and other machines for everything.
     """
 
     def __init__(self, service: Service, inline: InlineServer, asked: tuple[str, int], token: str) -> None:
@@ -202,6 +202,8 @@ def serve(
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     shortcuts: bool = True,
+    allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     **knobs: Any,
 ) -> Server:
     """Serve a model from this process, on a thread of its own. Returns when it can answer.
@@ -214,13 +216,16 @@ def serve(
             a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function.
         task: As for `transformers.pipeline`; None lets it find out.
         port: Port; if another program has it, the next free one is taken and named. 0: any.
-        host: Address to listen on. The default is reachable from this machine only.
+        host: Address to listen on. The default is reachable from this machine only; on any other, every
+            request needs the token.
         name: Servers of different names run side by side.
         device: As for `transformers.pipeline`.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
         shortcuts: Take roads to the same answers that are shorter: fill-mask scores the vocabulary at
             its masks only, linear layers on a CPU use oneDNN where that is faster. The numbers differ
             from the pipeline's by rounding (1e-6).
+        allowed_hosts: Names by which a proxy may ask for it, besides localhost: "models.example.org".
+        allowed_origins: Sites whose pages may ask it, and get CORS: "https://example.org".
         **knobs: Any of `Settings`, such as max_batch_size=8.
 
     Raises:
@@ -243,19 +248,21 @@ def serve(
         old = _servers.get(name)
         if old is not None and not old.running:
             old = None
+        token = old.token if old is not None else secrets.token_urlsafe(16)
+        rule = access(token, host, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
         if old is not None and old.asked == (host, port):
-            server = _take_over(old, load())
+            server = _take_over(old, load(), rule)
         else:
             sock = bind(host, port, tries=_PORTS_TO_TRY)  # first: a model may take minutes to load
             try:
-                server = _start(load(), sock, (host, port), old)
+                server = _start(load(), sock, (host, port), old, rule)
             except BaseException:
                 sock.close()
                 raise
     return server
 
 
-def _take_over(old: Server, service: Service) -> Server:
+def _take_over(old: Server, service: Service, rule: Access) -> Server:
     """Put a new service behind the socket of a running server."""
     server = Server(service, old._inline, old.asked, old.token)
     was = _biography(old)
@@ -264,23 +271,27 @@ def _take_over(old: Server, service: Service) -> Server:
         _servers[server.name] = server
         old._become_replaced()
 
-    old._inline.swap(build_app(service, token=old.token), then=register)
+    old._inline.swap(build_app(service, access=rule), then=register)
     print(f"{_introduction(server)}, in place of the one that was {was}")
     return server
 
 
-def _start(service: Service, sock: socket.socket, asked: tuple[str, int], old: Server | None) -> Server:
+def _start(
+    service: Service, sock: socket.socket, asked: tuple[str, int], old: Server | None, rule: Access
+) -> Server:
     """Start a service on a socket of its own, and stop the server of that name, if there is one."""
-    token = old.token if old is not None else secrets.token_urlsafe(16)
-    inline = InlineServer(build_app(service, token=token), sock)
+    inline = InlineServer(build_app(service, access=rule), sock)
     inline.start()
-    server = _servers[service.name] = Server(service, inline, asked, token)
+    server = _servers[service.name] = Server(service, inline, asked, rule.token or "")
     note = _introduction(server)
     host, port = asked
     if port not in (0, inline.port):
         note += f", because port {port} is taken by another program"
-    if host not in _LOOPBACK:
-        note += ". Everybody who can reach this machine over the network can ask it"
+    if not is_loopback(host):
+        note += (
+            ". Other machines can reach it, so everything needs server.token: as Authorization: Bearer "
+            "<token>, or once as /?token=<token> in a browser"
+        )
     print(note)
     if old is not None:
         print(f"the one at {old.url} ({_biography(old)}) stops")
@@ -309,6 +320,9 @@ def create_app(
     pipeline_kwargs: Mapping[str, Any] | None = None,
     shortcuts: bool = True,
     token: str | None = None,
+    public: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     **knobs: Any,
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
@@ -322,8 +336,12 @@ def create_app(
         device: As for `transformers.pipeline`.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
         shortcuts: As for `serve()`.
-        token: What `PATCH /settings` wants as bearer token; None takes it from the environment
-            variable SERVING_KIT_TOKEN, and without that the route is off.
+        token: What changing settings wants as bearer token, and everything else that does not come from
+            this machine. None takes it from the environment variable SERVING_KIT_TOKEN; without that,
+            settings are fixed and only this machine may ask.
+        public: Ask for no token, whoever comes by whatever name: for behind a gateway that decides.
+        allowed_hosts: As for `serve()`.
+        allowed_origins: As for `serve()`.
         **knobs: Any of `Settings`.
 
     Raises:
@@ -338,7 +356,13 @@ def create_app(
         )
         return Service(loaded, settings, name=name)
 
-    return build_app(make_service, token=token or os.environ.get(TOKEN_VARIABLE) or None)
+    rule = access(
+        token or os.environ.get(TOKEN_VARIABLE) or None,
+        allowed_hosts=allowed_hosts,
+        allowed_origins=allowed_origins,
+        public=public,
+    )
+    return build_app(make_service, access=rule)
 
 
 @contextlib.contextmanager

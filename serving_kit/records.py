@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Outcome(StrEnum):
@@ -22,6 +23,8 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     FAILED = "failed"
 
+    __hash__ = str.__hash__  # Enum's own is Python code, and every request is counted four times
+
 
 class BatchReason(StrEnum):
     """Why a batch was sent when it was sent."""
@@ -34,8 +37,7 @@ class BatchReason(StrEnum):
     DRAIN = "drain"  # the server is stopping: finish what was admitted
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
+class RequestRecord(NamedTuple):
     """One finished request."""
 
     arrived: float

@@ -166,9 +166,11 @@ class Scheduler:
             wait = self.drain_time(now) or 0.0
             for item in items:
                 left = item.deadline - now
-                reserve = _DOOR_RESERVE * min(self.cost.high(self.token_budget()), left * _AUTO_SHARE)
-                if wait > left - reserve:
-                    return Refusal("it could not be answered in time", self.drain_time(now))
+                reserve = _DOOR_RESERVE * left * _AUTO_SHARE
+                if wait > left - reserve:  # only then it is worth finding out that the reserve is smaller
+                    reserve = min(_DOOR_RESERVE * self.cost.high(self.token_budget()), reserve)
+                    if wait > left - reserve:
+                        return Refusal("it could not be answered in time", self.drain_time(now))
                 wait += item.tokens * correction * (self.cost.seconds_per_token or 0.0)
         self._returning.arrived(now, len(items))
         for item in items:

@@ -17,9 +17,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 from serving_kit.batching import Batcher, Model, Result
@@ -32,7 +32,7 @@ from serving_kit.errors import (
 )
 from serving_kit.metrics import Metrics
 from serving_kit.records import Incident, Outcome, RequestRecord
-from serving_kit.scheduler import Scheduler
+from serving_kit.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
 
 _KEPT_INCIDENTS = 100
@@ -40,6 +40,7 @@ _KEPT_CHANGES = 200
 # A forward that runs this much longer than any client would wait is called stuck.
 _STUCK_FACTOR, _STUCK_AT_LEAST_S = 2, 30.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
+_TOO_LATE = Result()  # what the alarm puts in place of an answer
 
 
 class ServedModel(Model, Protocol):
@@ -70,8 +71,9 @@ class ServedModel(Model, Protocol):
 
 @dataclass(slots=True)
 class Ticket:
-    """One request under way."""
+    """One request under way. The end of its `with` block is the one place where a request is counted."""
 
+    service: Service
     arrived: float
     deadline: float
     items: int = 0
@@ -82,6 +84,32 @@ class Ticket:
         """Give up after `timeout_s` seconds from arrival: sooner than the server would, never later."""
         if timeout_s is not None:
             self.deadline = min(self.deadline, self.arrived + timeout_s)
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        service, outcome = self.service, Outcome.OK
+        failed: ModelFailed | None = None
+        if isinstance(error, ServingError):
+            outcome = error.outcome
+            if error.__cause__ is not None and error.incident is None:  # raised on the way out
+                service.keep_incident(error, error.__cause__)
+        elif isinstance(error, asyncio.CancelledError):
+            outcome = Outcome.CANCELLED
+        elif error is not None:
+            outcome = Outcome.FAILED
+            if isinstance(error, Exception):
+                detail = f"{type(error).__name__}: {error}"
+                failed = ModelFailed("the server failed on this request", detail=detail)
+                service.keep_incident(failed, error)
+        service.metrics.add_request(
+            RequestRecord(self.arrived, service.clock(), outcome, self.items, self.queue_wait, self.forward)
+        )
+        if failed is not None:
+            raise failed from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,40 +184,15 @@ class Service:
 
     # -- one request -----------------------------------------------------------------------------
 
-    @contextmanager
-    def observe(self) -> Iterator[Ticket]:
-        """Count one request, from now to the end of the block.
+    def observe(self) -> Ticket:
+        """Count one request, from now to the end of the ticket's `with` block.
 
         Raises:
             ServingError: as the block did; any other exception becomes a `ModelFailed`.
         """
         now = self.clock()
-        ticket = Ticket(now, now + self.settings.timeout_s)
         self.metrics.add_arrival(now, self.batcher.scheduler.queue_depth)
-        outcome = Outcome.FAILED  # until the block has ended well: also for what nobody catches here
-        try:
-            yield ticket
-            outcome = Outcome.OK
-        except ServingError as error:
-            outcome = error.outcome
-            if error.__cause__ is not None and error.incident is None:  # raised on the way out
-                self.keep_incident(error, error.__cause__)
-            raise
-        except asyncio.CancelledError:
-            outcome = Outcome.CANCELLED
-            raise
-        except Exception as error:
-            failed = ModelFailed(
-                "the server failed on this request", detail=f"{type(error).__name__}: {error}"
-            )
-            self.keep_incident(failed, error)
-            raise failed from error
-        finally:
-            self.metrics.add_request(
-                RequestRecord(
-                    ticket.arrived, self.clock(), outcome, ticket.items, ticket.queue_wait, ticket.forward
-                )
-            )
+        return Ticket(self, now, now + self.settings.timeout_s)
 
     async def predict(
         self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket
@@ -210,21 +213,25 @@ class Service:
             self.model.check(values, parameters)
         items = self.batcher.submit(values, parameters, arrived=ticket.arrived, deadline=ticket.deadline)
         ticket.items = len(items)
+        loop = asyncio.get_running_loop()
+        alarm = loop.call_later(ticket.deadline - self.clock(), _time_is_up, items)  # half of a timeout()
         answers = []
         try:
-            async with asyncio.timeout(ticket.deadline - self.clock()):
-                for index, item in enumerate(items):
-                    result: Result = await item.payload.future
-                    _note(ticket, result)
-                    if result.error is not None:
-                        raise _located(result.error, index, len(items))
-                    answers.append(result.value)
-        except TimeoutError:
-            raise DeadlineExceeded("the request's time was up before the model had answered") from None
-        finally:
+            for index, item in enumerate(items):
+                result: Result = await item.payload.future
+                if result is _TOO_LATE:
+                    raise DeadlineExceeded("the request's time was up before the model had answered")
+                _note(ticket, result)
+                if result.error is not None:
+                    raise _located(result.error, index, len(items))
+                answers.append(result.value)
+        except BaseException:
             unheard = [item for item in items if not _answered(item.payload.future)]
             if unheard:
                 self.batcher.cancel(unheard)
+            raise
+        finally:
+            alarm.cancel()
         return answers
 
     # -- knobs -----------------------------------------------------------------------------------
@@ -333,9 +340,16 @@ def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
         )
 
 
+def _time_is_up(items: Sequence[Item]) -> None:
+    """Wake the request that waits for these items."""
+    for item in items:
+        if not item.payload.future.done():
+            item.payload.future.set_result(_TOO_LATE)
+
+
 def _answered(future: asyncio.Future[Result]) -> bool:
-    """Whether a result has come. Giving up on a future cancels it, which is `done` as well."""
-    return future.done() and not future.cancelled()
+    """Whether the model thread is done with it. Giving up on a future cancels it, which is `done` too."""
+    return future.done() and not future.cancelled() and future.result() is not _TOO_LATE
 
 
 def _note(ticket: Ticket, result: Result) -> None:

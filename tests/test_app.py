@@ -164,14 +164,14 @@ def test_a_chunked_body_without_a_length_is_bounded_while_it_is_read(client: htt
 def test_a_hundred_megabytes_are_refused_by_their_announcement(client: httpx.Client) -> None:
     url = httpx.URL(str(client.base_url))
     with socket.create_connection((url.host, url.port or 80), timeout=10) as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 104857600\r\n\r\n")
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 104857600\r\n\r\n")
         assert sock.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_that_never_ends_times_out(client: httpx.Client) -> None:
     url = httpx.URL(str(client.base_url))
     with socket.create_connection((url.host, url.port or 80), timeout=10) as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\nhost: x\r\nx-request-timeout-ms: 100\r\n")
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\nx-request-timeout-ms: 100\r\n")
         sock.sendall(b"content-length: 10\r\n\r\nab")
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
 
@@ -236,6 +236,33 @@ def test_a_client_that_leaves_frees_its_place_at_once(client: httpx.Client, mode
         assert running.result().status_code == 200
     assert server_of(client).stats()["requests"]["cancelled"] == 1
     assert model.sizes == [1]
+
+
+def test_a_client_that_was_slow_to_send_and_then_leaves_frees_its_place_too(
+    client: httpx.Client, model: Model
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, "/", content="wait")
+        assert model.inside.wait(10)
+        url = httpx.URL(str(client.base_url))
+        with socket.create_connection((url.host, url.port or 80), timeout=10) as sock:
+            sock.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nab")
+            time.sleep(0.1)  # longer than a request lasts that nobody watches
+            sock.sendall(b"cd")
+            until(lambda: server_of(client).stats()["queue_depth"] == 1)
+        until(lambda: server_of(client).stats()["queue_depth"] == 0)
+        model.gate.set()
+        assert running.result().status_code == 200
+    assert server_of(client).stats()["requests"]["cancelled"] == 1
+    assert model.sizes == [1]
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_as_gone(client: httpx.Client) -> None:
+    url = httpx.URL(str(client.base_url))
+    with socket.create_connection((url.host, url.port or 80), timeout=10) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nab")
+        until(lambda: server_of(client).stats()["window"]["arrivals_per_s"] > 0)
+    until(lambda: server_of(client).stats()["requests"]["cancelled"] == 1)
 
 
 # -- failures --------------------------------------------------------------------------------------
