@@ -22,6 +22,7 @@ Not here: which items run together (`scheduler.py`), what a model is (`models.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -47,6 +48,7 @@ from serving_kit.settings import Settings
 
 THREAD_NAME = "serving-kit-model"
 _LOST_DEVICE = "the device is in an error state that only a new process clears: restart the kernel"
+_LOOK_AGAIN_S = 0.1  # for a thread that should have ended
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
 
 
@@ -235,9 +237,11 @@ class Batcher:
         if self._revival is not None:  # it is dead, and stays so
             self._revival.cancel()
         try:
-            if thread is not None and thread.is_alive() and self._stopped is not None:
+            if thread is not None and self._stopped is not None:
                 async with asyncio.timeout(drain_s):
-                    await self._stopped.wait()
+                    while thread.is_alive() and not self._stopped.is_set():
+                        with contextlib.suppress(TimeoutError):  # it may die without a word
+                            await asyncio.wait_for(self._stopped.wait(), _LOOK_AGAIN_S)
                 thread.join(drain_s)  # it has said that it is done: this is the last microsecond
         except TimeoutError:
             return False
@@ -431,7 +435,7 @@ class Batcher:
         )
         good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
         if good is None:
-            bad = next((answer for answer in call.answers if answer.incident is not None), None)
+            bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
             if bad is not None and self._still_works(bad) is not True:
                 self._suspect(bad)
             return
@@ -486,11 +490,12 @@ class Batcher:
 
         fault = faults.kind(error)
         if fault is Fault.MEMORY:
-            make_room(error)
+            make_room(error, thorough=True)
             too_large.append(items)
         halving = fault is Fault.MEMORY and len(items) > 1
-        works = None if halving else self._still_works(error)
-        over = fault is Fault.OUTPUTS or works is False
+        nobody = not any(_is_wanted(item, call.ended) for item in items)
+        works = None if halving or nobody else self._still_works(error)
+        over = nobody or fault is Fault.OUTPUTS or works is False
         search = Search(len(items), vouched=halving or works is True)
         while not over and (part := search.next()) is not None:
             now = self.clock()
@@ -540,9 +545,10 @@ class Batcher:
             return True  # a verdict on the input, not a failure
         if faults.kind(error) is Fault.DEVICE:
             return False
-        witness, model = self._witness, self._model()
+        witness = self._witness
         if witness is None:
             return None
+        model = self._model()
         self.busy_since = self.clock()
         try:
             prepared = model.prepare(witness.value, witness.parameters)

@@ -2,7 +2,7 @@
 
     search = Search(8, vouched=False)            # a batch of 8 has raised
     while (part := search.next()) is not None:   # range(0, 4), range(4, 8), ...
-        search.passed() or search.failed(part)   # by what came of running it
+        search.passed()                          # or search.failed(part), by what came of running it
 
 A part of one that fails is a culprit. Running both halves, where one of them has to be bad, gives a
 failure that was a whim of the moment a second chance, and costs little: halves get smaller.
@@ -20,7 +20,7 @@ from collections import deque
 
 
 class Search:
-    """One failed batch of `size` items, at least 2.
+    """One failed batch of `size` items; one alone is to blame, and nothing is searched.
 
     Args:
         size: Items in it.
@@ -30,7 +30,8 @@ class Search:
     def __init__(self, size: int, *, vouched: bool) -> None:
         self._parts: deque[range] = deque()
         self._doubts = None if vouched else 2 * (size - 1).bit_length()
-        self._split(range(size))
+        if size > 1:
+            self._split(range(size))
 
     def next(self) -> range | None:
         """The positions to run now; None: the search is over."""
@@ -48,10 +49,6 @@ class Search:
             self._doubts -= 1
         if len(part) > 1:
             self._split(part)
-
-    def untried(self) -> list[int]:
-        """The positions that no part has settled, when the search has been given up."""
-        return sorted(position for part in self._parts for position in part)
 
     def _split(self, part: range) -> None:
         middle = (len(part) + 1) // 2

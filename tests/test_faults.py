@@ -1,0 +1,465 @@
+"""Nothing is lost: whatever fails, every request ends exactly once and the server says how it is."""
+
+import asyncio
+import contextlib
+import linecache
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving_kit import batching, breaker, culprits, scheduler, service
+from serving_kit.batching import Prepared, Result
+from serving_kit.breaker import Gate
+from serving_kit.errors import (
+    DeadlineExceeded,
+    InputRejected,
+    ModelFailed,
+    RequestTooLarge,
+    ServingError,
+    Unavailable,
+)
+from serving_kit.faults import Fault, kind
+from serving_kit.records import BatchReason
+from serving_kit.scheduler import State
+from tests.test_batching import PATIENCE, Bench, busy, drive, result, until
+
+pytestmark = pytest.mark.light
+
+
+class Picky:
+    """A forward that raises if it sees a bad value, and counts how often it was called."""
+
+    def __init__(self, bench: Bench, bad: Callable[[list[str]], BaseException | None]) -> None:
+        self.calls: list[list[str]] = []
+        self.bad = bad
+        self._forward = bench.model.forward
+        bench.model.forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, batch: Sequence[Prepared]) -> Sequence[Any]:
+        values = [each.payload for each in batch]
+        self.calls.append(values)
+        error = self.bad(values)
+        if error is not None:
+            raise error
+        return self._forward(batch)
+
+
+async def together(bench: Bench, *values: str) -> list[Result]:
+    """The results of values that have shared a batch."""
+    with busy(bench):
+        items = [bench.submit(value)[0] for value in values]
+    return [await result(each) for each in items]
+
+
+def raise_for(*bad: str, error: Callable[[], BaseException] = lambda: ValueError("secret")) -> Any:
+    return lambda values: error() if any(value in bad for value in values) else None
+
+
+# -- one bad item -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(1, 40), st.booleans())
+def test_one_bad_item_fails_alone_within_the_bound(data: st.DataObject, size: int, known_good: bool) -> None:
+    culprit = data.draw(st.integers(0, size - 1))
+    values = [f"v{i}" for i in range(size)]
+
+    async def test(bench: Bench) -> None:
+        if known_good:
+            await bench.ask("good")
+        picky = Picky(bench, raise_for(values[culprit]))
+        items = bench.submit(*values)
+        results = [await result(each) for each in items]
+        assert [r.value for r in results] == [None if i == culprit else f"V{i}" for i in range(size)]
+        assert isinstance(results[culprit].error, ModelFailed)
+        assert len(picky.calls) - 1 <= 2 * math.ceil(math.log2(size)) + 1
+        assert [len(call) for call in picky.calls[:1]] == [size]
+        assert bench.batcher.trouble() == ""
+
+    bench = drive(test, max_batch_size=64, group_by_length=False)
+    assert len(bench.errors) == 1, "one incident for one culprit"
+    assert {record.reason for record in bench.records[1 + known_good :]} <= {BatchReason.RETRY}
+
+
+def test_a_failure_that_was_a_whim_of_the_moment_costs_nobody_his_answer() -> None:
+    async def test(bench: Bench) -> None:
+        whims = [ValueError("a hiccup")]
+        Picky(bench, lambda values: whims.pop() if whims and len(values) > 1 else None)
+        assert [r.value for r in await together(bench, "a", "b", "c")] == ["A", "B", "C"]
+
+    bench = drive(test)
+    assert len(bench.errors) == 1, "nobody was told, but the owner is"
+
+
+def test_a_verdict_that_the_model_gives_in_its_forward_reaches_the_one_it_is_about() -> None:
+    async def test(bench: Bench) -> None:
+        Picky(bench, raise_for("odd", error=lambda: InputRejected("odd is odd")))
+        results = await together(bench, "a", "odd", "c")
+        assert [r.value for r in results] == ["A", None, "C"]
+        assert str(results[1].error) == "odd is odd"
+        assert bench.batcher.breaker.failures == 0
+
+    assert not drive(test).errors
+
+
+def test_clients_that_left_and_late_ones_are_not_run_again() -> None:
+    async def test(bench: Bench) -> None:
+        def bad(values: list[str]) -> BaseException | None:
+            if len(values) == 4:
+                bench.batcher.cancel([items[0]])
+                time.sleep(0.06)  # past the deadline of "late"
+                return ValueError()
+            return None
+
+        with busy(bench):
+            picky = Picky(bench, bad)
+            items = [bench.submit("gone")[0], bench.submit("late", timeout=0.05)[0], *bench.submit("c", "d")]
+        assert [(await result(i)).value for i in items[2:]] == ["C", "D"]
+        assert isinstance((await result(items[1])).error, DeadlineExceeded)
+        assert picky.calls[1:] == [["busy"], ["c", "d"]], "what vouches for the model, and who still waits"
+
+    drive(test, drop_hopeless=False, group_by_length=False)
+
+
+def test_a_search_ends_when_the_server_stops() -> None:
+    async def test(bench: Bench) -> None:
+        stopping = threading.Event()
+
+        def bad(values: list[str]) -> BaseException | None:
+            if values != ["busy"]:
+                stopping.wait(PATIENCE)
+            return ValueError()
+
+        with busy(bench):
+            picky = Picky(bench, bad)
+            items = bench.submit(*"abcdefgh")
+        await until(lambda: len(picky.calls) == 1)
+        assert not await bench.batcher.stop(0.01)
+        for each in items:
+            assert isinstance((await result(each)).error, Unavailable)
+        stopping.set()
+        await until(lambda: not bench.batcher.alive)
+        assert len(picky.calls) == 1, "nobody waits any more"
+
+    drive(test)
+
+
+# -- a model that fails everything ------------------------------------------------------------------------
+
+
+def test_a_model_that_fails_everything_is_not_asked_over_and_over_and_then_not_at_all() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("good")
+        picky = Picky(bench, lambda values: LookupError("secret"))
+        spent = []
+        for batch in range(5):
+            before = len(picky.calls)
+            for each in bench.submit(*[f"{batch}-{n}" for n in range(32)]):
+                answer = await result(each)
+                assert isinstance(answer.error, ModelFailed)
+            await until(lambda: not bench.batcher.scheduler.in_flight)
+            spent.append(len(picky.calls) - before)
+        assert spent[0] == 2, "the input that it has answered before fails as well: no search"
+        assert all(calls <= 1 + 2 * 5 for calls in spent)
+        with pytest.raises(Unavailable, match="failed 5 times in a row, last with LookupError") as refused:
+            bench.submit("x")
+        assert refused.value.retry_after == pytest.approx(5, abs=1)
+        assert "secret" not in bench.batcher.trouble()
+
+        bench.batcher.breaker._until = time.monotonic()  # the pause is over: one at a time
+        (probe,) = bench.submit("probe")
+        assert isinstance((await result(probe)).error, ModelFailed)
+        await until(lambda: bench.batcher.trouble() != "")
+        assert bench.batcher.breaker.pause(time.monotonic()) == pytest.approx(10, abs=1)
+
+        picky.bad = lambda values: None  # it is well again
+        bench.batcher.breaker._until = time.monotonic()
+        with busy(bench), pytest.raises(Unavailable, match="failed 6 times"):
+            bench.submit("a second one")
+        await until(lambda: bench.batcher.breaker.gate(time.monotonic()) is Gate.CLOSED)
+        assert [r.value for r in await bench.ask("a", "b")] == ["A", "B"]
+
+    drive(test, group_by_length=False)
+
+
+def test_who_waits_when_the_breaker_opens_is_told_at_once() -> None:
+    async def test(bench: Bench) -> None:
+        def forward(batch: Sequence[Prepared]) -> Sequence[Any]:
+            bench.model.inside.set()
+            assert bench.model.gate.wait(PATIENCE)
+            raise ValueError
+
+        bench.model.forward = forward  # type: ignore[method-assign]
+        for _ in range(4):
+            await bench.ask("x")
+        with busy(bench):
+            waiting = [bench.submit(v)[0] for v in "abc"]
+        for each in waiting:
+            assert isinstance((await result(each)).error, Unavailable)
+
+    drive(test)
+
+
+def test_bad_inputs_alone_never_open_the_breaker_of_a_model_that_has_answered() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("good")
+        Picky(bench, lambda values: None if values == ["good"] else ValueError())
+        for number in range(20):
+            (answer,) = await bench.ask(f"poison {number}")
+            assert isinstance(answer.error, ModelFailed)
+        assert bench.batcher.trouble() == bench.batcher.doubt() == ""
+
+    drive(test)
+
+
+@pytest.mark.parametrize("step", ["prepare", "finish"])
+def test_a_model_that_fails_everything_before_or_after_its_forward_opens_the_breaker_too(step: str) -> None:
+    async def test(bench: Bench) -> None:
+        def broken(*args: Any) -> Any:
+            raise LookupError
+
+        setattr(bench.model, step, broken)
+        for _ in range(5):
+            (answer,) = await bench.ask("x")
+            assert isinstance(answer.error, ModelFailed)
+        await until(lambda: bench.batcher.trouble() != "")
+
+    drive(test)
+
+
+def test_wrong_numbers_of_outputs_are_not_searched_and_open_the_breaker() -> None:
+    async def test(bench: Bench) -> None:
+        calls = []
+
+        def forward(batch: Sequence[Prepared]) -> Sequence[Any]:
+            calls.append(len(batch))
+            return [each.payload for each in batch][1:]
+
+        bench.model.forward = forward  # type: ignore[method-assign]
+        for _ in range(5):
+            for answer in await bench.ask(*"abcd"):
+                assert isinstance(answer.error, ModelFailed)
+        assert calls == [4] * 5
+        await until(lambda: bench.batcher.trouble() != "")
+
+    drive(test)
+
+
+def test_a_lost_device_is_never_asked_again_and_the_advice_is_to_restart() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("good")
+        lost = RuntimeError("CUDA error: device-side assert triggered\nsecret kernel")
+        picky = Picky(bench, lambda values: lost)
+        for each in bench.submit(*"abcd"):
+            assert isinstance((await result(each)).error, ModelFailed)
+        assert len(picky.calls) == 1
+        with pytest.raises(Unavailable, match="restart the kernel") as refused:
+            bench.submit("x")
+        assert refused.value.retry_after is None
+        assert bench.batcher.breaker.gate(time.monotonic() + 1e9) is Gate.LATCHED
+
+    bench = drive(test)
+    assert [kind(cause) for _, cause in bench.errors] == [Fault.DEVICE]
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+def out_of_memory() -> BaseException:
+    return RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 42 bytes.")
+
+
+def more_than(capacity: int) -> Callable[[list[str]], BaseException | None]:
+    """A model that holds so many padded tokens; `Echo` counts a character as a token."""
+    return lambda values: out_of_memory() if len(values) * max(map(len, values)) > capacity else None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(3, 200))
+def test_what_does_not_fit_together_is_halved_until_it_does(size: int, capacity: int) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("ok")
+        picky = Picky(bench, more_than(capacity))
+        results = [await result(each) for each in bench.submit(*[f"v{n:02}" for n in range(size)])]
+        assert [r.value for r in results] == [f"V{n:02}" for n in range(size)]
+        assert len(picky.calls) <= 2 * size
+        assert bench.batcher.trouble() == ""
+
+        await until(lambda: not bench.batcher.scheduler.in_flight)
+        calls = len(picky.calls)
+        for each in bench.submit(*[f"w{n:02}" for n in range(size)]):
+            assert (await result(each)).error is None
+        again = picky.calls[calls:]
+        assert all(len(call) == 1 or 3 * len(call) <= capacity for call in again), "it has learned"
+
+    bench = drive(test, max_batch_size=64)
+    assert len(bench.errors) == (3 * size > capacity), "one incident tells the owner"
+
+
+def test_an_item_that_does_not_fit_alone_is_too_large_and_teaches_nothing() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("ok")
+        Picky(bench, more_than(20))
+        results = await together(bench, "a", "b" * 30, "c", "d")
+        assert [r.value for r in results] == ["A", None, "C", "D"]
+        assert isinstance(results[1].error, RequestTooLarge)
+        assert bench.batcher.scheduler.ceiling.lowest(time.monotonic()) is None
+        assert bench.batcher.trouble() == ""
+
+    drive(test, group_by_length=False)
+
+
+def test_memory_that_somebody_else_has_taken_is_not_the_clients_fault() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("ok")
+        Picky(bench, lambda values: out_of_memory())
+        for _ in range(6):
+            try:
+                answers = await bench.ask("a")
+            except Unavailable:
+                break
+            assert isinstance(answers[0].error, (Unavailable, RequestTooLarge))
+        assert isinstance(bench.errors[0][0], Unavailable)
+        assert "failed 5 times in a row" in bench.batcher.trouble()
+
+    drive(test)
+
+
+def test_what_a_failed_forward_held_is_given_back_before_the_next_one() -> None:
+    import weakref
+
+    class Tensor:
+        pass
+
+    async def test(bench: Bench) -> None:
+        held: list[Any] = []
+
+        def forward(batch: Sequence[Prepared]) -> Sequence[Any]:
+            tensor = Tensor()
+            tensor.itself = tensor  # type: ignore[attr-defined]  # a cycle, as models have
+            assert all(reference() is None for reference in held), "the halves would not fit either"
+            held.append(weakref.ref(tensor))
+            if len(batch) > 1:
+                raise MemoryError
+            del tensor.itself  # type: ignore[attr-defined]
+            return [batch[0].payload.upper()]
+
+        with busy(bench):
+            items = bench.submit("a", "b")
+            bench.model.forward = forward  # type: ignore[method-assign]
+        assert [(await result(i)).value for i in items] == ["A", "B"]
+        assert len(held) == 3
+
+    drive(test)
+
+
+# -- our own code dies --------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a test throws into the kit's own code."""
+
+
+class Assassin:
+    """Raises at one line of the kit's own code, once, on the threads that it is set upon.
+
+    Without a target it only notes which lines there are and how often each is passed.
+    """
+
+    FILES = frozenset(module.__file__ for module in (batching, scheduler, breaker, culprits, service))
+
+    def __init__(self, target: tuple[str, int] | None = None, visit: int = 1) -> None:
+        self.target, self.visit = target, visit
+        self.passed: Counter[tuple[str, int]] = Counter()
+        self.armed, self.killed = True, False
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        visited: set[int] = set()
+
+        def line_by_line(frame: Any, event: str, arg: Any) -> Any:
+            if event == "line":
+                place = (frame.f_code.co_filename, frame.f_lineno)
+                # The end of a `with` block shows up as its first line once more. What is raised there
+                # keeps the interpreter from leaving the block: its own gap, which no code can close.
+                leaving = place[1] in visited and linecache.getline(*place).strip().startswith("with ")
+                visited.add(place[1])
+                if not leaving:
+                    self.passed[place] += self.armed
+                    if self.armed and place == self.target and self.passed[place] == self.visit:
+                        self.armed, self.killed = False, True
+                        raise Killed(f"{Path(place[0]).name}:{place[1]}")
+            return line_by_line
+
+        return line_by_line
+
+
+async def everything(bench: Bench) -> None:
+    """A little of all that can happen to a batch."""
+
+    def bad(values: list[str]) -> BaseException | None:
+        if "oom" in values and len(values) > 1:
+            return MemoryError()
+        return ValueError() if "poison" in values else None
+
+    bench.model.forward.bad = bad  # type: ignore[attr-defined]
+    for values in (["good"], ["a", "poison", "c"], ["d", "oom"], ["bad"]):
+        with contextlib.suppress(ServingError):
+            items = bench.submit(*values)
+            if values == ["d", "oom"]:
+                bench.submit("late", timeout=1e-9)
+                bench.batcher.cancel(bench.submit("gone"))
+            await asyncio.wait([each.payload.future for each in items], timeout=1)
+
+
+def live_with(assassin: Assassin) -> None:
+    """All of it, with an assassin on the model thread: everybody is answered, once."""
+
+    async def main() -> None:
+        bench = Bench(group_by_length=False)
+        Picky(bench, lambda values: None)
+        threading.settrace(assassin)
+        bench.batcher.start()
+        threading.settrace(None)  # type: ignore[arg-type]
+        await everything(bench)
+        await bench.ask("later")
+        armed, assassin.armed = assassin.armed, False
+        (answer,) = await bench.ask("last")
+        assert answer.value == "LAST", "it serves on"
+        assassin.armed = armed
+        assert await bench.batcher.stop(5)
+        for item in bench.submitted:
+            assert item.abandoned or item.payload.future.done() or item.state is State.DONE
+        given_up = [item for item in bench.submitted if not item.payload.future.done()]
+        assert [item.payload.value for item in given_up] in ([], ["gone"])
+        assert not bench.batcher.alive
+        assert bench.batcher.scheduler.in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_the_model_thread_may_die_at_any_line_and_nobody_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    scout = Assassin()
+    live_with(scout)
+    assert len(scout.passed) > 150
+    murders = 0
+    for place, times in scout.passed.items():
+        for visit in {1, times}:
+            assassin = Assassin(place, visit)
+            try:
+                live_with(assassin)
+            except BaseException as error:
+                error.add_note(f"killed at {place}, visit {visit}")
+                raise
+            murders += assassin.killed
+    assert murders > 1.2 * len(scout.passed), "most of them were really tried"
