@@ -250,9 +250,17 @@ class Batcher:
         finally:
             self._answer_everybody(Unavailable("the server has stopped"))
 
-    def release(self) -> None:
-        """Let the model go. After `stop`; a forward that is still stuck in it keeps it until it ends."""
+    def abandon(self) -> None:
+        """End the thread and let the model go. Any thread; after `stop`, or if the loop has died.
+
+        A forward that is still stuck in the model keeps it until it ends.
+        """
+        self._stopping = True
         self.model = self._witness = None
+        with self._wake:
+            self.scheduler.draining = True
+            self.scheduler.evict()
+            self._wake.notify()
 
     @property
     def alive(self) -> bool:

@@ -151,9 +151,13 @@ class Service:
         try:
             return await self.batcher.stop(drain_s)
         finally:
-            self.stopped = True
-            self.model = None
-            self.batcher.release()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
+        self.stopped = True
+        self.model = None
+        self.batcher.abandon()
 
     # -- one request -----------------------------------------------------------------------------
 

@@ -4,18 +4,25 @@ import asyncio
 import contextlib
 import linecache
 import math
+import os
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import serving_kit
 from serving_kit import batching, breaker, culprits, scheduler, service
 from serving_kit.batching import Prepared, Result
 from serving_kit.breaker import Gate
@@ -33,6 +40,8 @@ from serving_kit.records import BatchReason
 from serving_kit.scheduler import State
 from serving_kit.service import Service
 from serving_kit.settings import Settings
+from tests.conftest import REPOSITORY
+from tests.conftest import until as wait_until
 from tests.test_batching import PATIENCE, Bench, busy, drive, result, until
 
 pytestmark = pytest.mark.light
@@ -545,3 +554,236 @@ def test_the_loop_threads_side_may_raise_at_any_line_and_nobody_hangs() -> None:
         assert murders > 0.9 * len(scout.passed)
     finally:
         sys.settrace(before)
+
+
+# -- the same over HTTP -------------------------------------------------------------------------------
+
+
+class Moody:
+    """Shouts; raises, stops or waits for a word as it is told."""
+
+    def __init__(self) -> None:
+        self.mood: BaseException | None = None
+        self.inside, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def __call__(self, texts: list[str]) -> list[str]:
+        self.inside.set()
+        assert self.go_on.wait(30)
+        if self.mood is not None:
+            raise self.mood
+        return [text.upper() for text in texts]
+
+
+@pytest.fixture
+def moody(serve: Any) -> Iterator[tuple[Any, Moody, httpx.Client]]:
+    model = Moody()
+    server = serve(model, timeout_ms=20_000)
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield server, model, client
+        model.go_on.set()
+
+
+def health(client: httpx.Client) -> tuple[int, str, str]:
+    answer = client.get("/health")
+    return answer.status_code, answer.json()["status"], answer.json().get("reason", "")
+
+
+def test_a_broken_model_turns_health_red_with_the_reason_and_green_again(moody: Any) -> None:
+    server, model, client = moody
+    assert health(client) == (200, "ready", "")
+    model.mood = LookupError("secret")
+    statuses = [client.post("/", content="x").status_code for _ in range(5)]
+    assert statuses == [500] * 5
+    wait_until(lambda: health(client)[0] == 503)
+    _, status, reason = health(client)
+    assert status == "failed"
+    assert "failed 5 times in a row, last with LookupError; it is tried again in" in reason
+    refused = client.post("/", content="x")
+    assert refused.status_code == 503
+    assert refused.json()["error_type"] == "unavailable"
+    assert 1 <= int(refused.headers["retry-after"]) <= 5
+    assert "secret" not in refused.text + reason
+    assert server.stats()["faults"]["error"] == 5
+    assert 'serving_kit_faults_total{kind="error"} 5.0' in client.get("/metrics").text
+
+    model.mood = None
+    server._service.batcher.breaker._until = time.monotonic()
+    status_code, status, reason = health(client)
+    assert (status_code, status) == (200, "ready"), "or no balancer would ever send the request that heals it"
+    assert "one request at a time is let in to try again" in reason
+    assert client.post("/", content="x").json() == "X"
+    assert health(client) == (200, "ready", "")
+
+
+def test_a_lost_device_is_on_health_with_the_advice(moody: Any) -> None:
+    _, model, client = moody
+    model.mood = RuntimeError("CUDA error: device-side assert triggered")
+    assert client.post("/", content="x").status_code == 500
+    assert health(client)[:2] == (503, "failed")
+    assert "restart the kernel" in health(client)[2]
+    refused = client.post("/", content="x")
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, False)
+
+
+def test_an_input_that_does_not_fit_is_413(moody: Any) -> None:
+    server, model, client = moody
+    model.mood = MemoryError()
+    refused = client.post("/", content="x")
+    assert (refused.status_code, refused.json()["error_type"]) == (413, "request_too_large")
+    assert server.stats()["faults"]["out_of_memory"] == 1
+
+
+def test_a_stuck_forward_gives_504_on_time_and_health_says_so_and_stop_returns(
+    moody: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, model, client = moody
+    model.go_on.clear()
+    monkeypatch.setattr(service, "_STUCK_AT_LEAST_S", 0.3)
+    server.tune(timeout_ms=100)
+    began = time.monotonic()
+    late = client.post("/", content="x")
+    assert late.status_code == 504
+    assert time.monotonic() - began < 2
+    wait_until(lambda: health(client)[:2] == (503, "stuck"))
+    assert "one forward has been running for more than 0 s" in health(client)[2]
+    model.go_on.set()
+    wait_until(lambda: health(client)[0] == 200)
+    model.go_on.clear()
+    model.inside.clear()
+    assert client.post("/", content="x").status_code == 504
+    began = time.monotonic()
+    server.stop(0.2)
+    assert time.monotonic() - began < 5
+    model.go_on.set()
+
+
+def test_clients_that_leave_free_their_places_and_the_forward_for_nobody_is_counted(moody: Any) -> None:
+    server, model, client = moody
+    model.go_on.clear()
+    sockets = []
+    for _ in range(3):
+        sock = socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5)
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
+        sockets.append(sock)
+        assert model.inside.wait(5)
+    wait_until(lambda: server.stats()["queue_depth"] == 2)
+    for sock in sockets:
+        sock.close()
+    wait_until(lambda: server.stats()["queue_depth"] == 0)
+    wait_until(lambda: server.stats()["requests"]["cancelled"] == 3)
+    model.go_on.set()
+    wait_until(lambda: server.stats()["wasted_items"] == 1)
+    assert server.stats()["items"] == 1, "who left the queue never ran"
+
+
+def test_a_loop_thread_that_dies_leaves_nobody_waiting_and_the_cell_can_run_again(
+    moody: Any, capsys: Any
+) -> None:
+    def die() -> None:
+        raise SystemExit("killed")
+
+    server, model, client = moody
+    port = client.base_url.port
+    assert client.post("/", content="x").json() == "X"
+    model.go_on.clear()
+    model.inside.clear()
+    with ThreadPoolExecutor(2) as pool:
+        over_http = pool.submit(client.post, "/", content="x")
+        assert model.inside.wait(5)
+        in_the_cell = pool.submit(server, "y")
+        wait_until(lambda: server.stats()["in_flight"] == 2)
+        server._inline.loop.call_soon_threadsafe(die)
+        with pytest.raises((RuntimeError, Unavailable, CancelledError)):
+            in_the_cell.result(10)
+        answer = over_http.exception(10) or over_http.result()
+        assert isinstance(answer, httpx.TransportError) or answer.status_code >= 500
+        wait_until(lambda: not server.running)
+        model.go_on.set()
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        stats = server.stats()
+        assert (stats["state"], stats["reason"]) == (
+            "failed",
+            "the server's thread has died: run serve() again",
+        )
+        assert ", failed," in repr(server)
+        with pytest.raises(RuntimeError, match="stopped"):
+            server("z")
+        assert any("the server's thread has died" in line for line in server.logs())
+        again = serving_kit.serve(model, port=port)
+        client.close()
+    assert again("z") == "Z"
+    again.stop()
+    assert capsys.readouterr().err == ""
+
+
+# -- SIGTERM ------------------------------------------------------------------------------------------
+
+SLOW_APP = """
+import time
+import serving_kit
+
+def slow(texts):
+    time.sleep(60 if "stuck" in texts else 0.4)
+    return [text.upper() for text in texts]
+
+app = serving_kit.create_app(slow, max_batch_size=1, timeout_ms=10_000)
+"""
+
+
+@pytest.fixture
+def under_uvicorn(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    (tmp_path / "server.py").write_text(SLOW_APP)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "server:app", "--port", str(port)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"},
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(url), timeout=30)
+        yield process, url
+        process.kill()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_sigterm_finishes_what_was_admitted_and_lets_nobody_in(under_uvicorn: Any) -> None:
+    process, url = under_uvicorn
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(httpx.post, url, content=text, timeout=20) for text in "abc"]
+        wait_until(lambda: httpx.get(f"{url}/stats").json()["in_flight"] == 3)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not answers(url), what="the end of new connections")
+        assert sorted(each.result(20).json() for each in asked) == ["A", "B", "C"]
+    said, _ = process.communicate(timeout=10)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Application shutdown complete" in said
+    assert "Traceback" not in said
+
+
+def test_sigterm_is_bounded_also_while_a_forward_is_stuck(under_uvicorn: Any) -> None:
+    process, url = under_uvicorn
+    with ThreadPoolExecutor(2) as pool:
+        soon = {"x-request-timeout-ms": "1000"}
+        asked = [
+            pool.submit(httpx.post, url, content=text, timeout=20, headers=soon) for text in ("stuck", "b")
+        ]
+        wait_until(lambda: httpx.get(f"{url}/stats").json()["in_flight"] == 2)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert [each.result(20).status_code for each in asked] == [504, 504]
+        said, _ = process.communicate(timeout=20)
+    assert time.monotonic() - began < 1 + 5 + 5, "the requests' own time, the drain, and some air"
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in said
