@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import linecache
 import math
 import os
@@ -787,3 +788,26 @@ def test_sigterm_is_bounded_also_while_a_forward_is_stuck(under_uvicorn: Any) ->
     assert time.monotonic() - began < 1 + 5 + 5, "the requests' own time, the drain, and some air"
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
+
+
+# -- everything at once -------------------------------------------------------------------------------
+
+
+def test_a_short_soak_loses_nothing() -> None:
+    """`make soak` in small."""
+    spec = importlib.util.spec_from_file_location("soak", REPOSITORY / "scripts" / "soak.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module  # its dataclass looks there
+    try:
+        spec.loader.exec_module(module)
+        soak = module.Soak(3000, seconds=60)
+        soak.run()
+    finally:
+        del sys.modules["soak"]
+    print(soak.report())
+    assert soak.problems == []
+    assert soak.seen.total() + soak.left == 3000
+    assert soak.seen["ok"] > 1000
+    assert {"malformed", "too_large", "rejected", "shed", "expired", "failed"} <= set(soak.seen)
