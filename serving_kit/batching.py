@@ -300,7 +300,7 @@ class Batcher:
         assert self._stopped is not None
         if thread is not self._thread or self._revival is not None:
             return  # already dealt with
-        if self._stopping and self._cause is None:
+        if self._stopping and (self._cause is None or self.model is None):
             self._stopped.set()
             return
         died = WorkerDied("the model thread has died")
@@ -536,12 +536,12 @@ class Batcher:
             blame(rest)
         if not blamed:
             self._failure(error)  # nobody else is told, but the owner is
-        with self._wake:
-            if not passed and works is not True:
-                self.breaker.failed(now, _class_of(error))
-            together = [part for part in too_large if len(part) > 1 and blamed.isdisjoint(part)]
-            if together:  # each of them fits: it was their number
-                least = min(together, key=_padded)
+        if not passed and works is not True:
+            self._suspect(error)
+        together = [part for part in too_large if len(part) > 1 and blamed.isdisjoint(part)]
+        if together:  # each of them fits: it was their number
+            least = min(together, key=_padded)
+            with self._wake:
                 self.scheduler.ceiling.broke(_longest(least), _padded(least), now)
 
     def _still_works(self, error: BaseException) -> bool | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dis
 import importlib.util
 import linecache
 import math
@@ -15,7 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import httpx
@@ -378,6 +381,13 @@ def test_what_a_failed_forward_held_is_given_back_before_the_next_one() -> None:
 # -- our own code dies --------------------------------------------------------------------------------
 
 
+@cache
+def idle_steps(code: CodeType) -> frozenset[int]:
+    """Offsets of instructions that do nothing, or only jump."""
+    steps = dis.get_instructions(code)
+    return frozenset(step.offset for step in steps if step.opname == "NOP" or step.opname.startswith("JUMP"))
+
+
 class Killed(BaseException):
     """What a test throws into the kit's own code."""
 
@@ -412,9 +422,11 @@ class Assassin:
         def line_by_line(frame: Any, event: str, arg: Any) -> Any:
             if event == "line":
                 place = (frame.f_code.co_filename, frame.f_lineno)
-                # The end of a `with` block shows up as its first line once more. What is raised there
-                # keeps the interpreter from leaving the block: its own gap, which no code can close.
+                # The end of a `with` block shows up as its first line once more, and a `break` in it as
+                # a step that does nothing. What is raised there keeps the interpreter from leaving the
+                # block: its own gap, which no code can close.
                 leaving = place[1] in visited and linecache.getline(*place).strip().startswith("with ")
+                leaving = leaving or frame.f_lasti in idle_steps(frame.f_code)
                 visited.add(place[1])
                 if not leaving:
                     self.passed[place] += self.armed
