@@ -3,12 +3,13 @@
 #   make test     all tests that this machine can run
 #   make lab      JupyterLab on the notebooks
 #   make lint     formatter, linter, types, layers
+#   make soak     100,000 requests while everything goes wrong: nothing may be lost; up to five minutes
 #   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo lab test lint format bench clean
+.PHONY: install demo lab test lint format soak bench clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -39,6 +40,9 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+soak: install
+	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 
 bench: install
 	benchmarks/setup.sh

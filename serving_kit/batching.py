@@ -6,10 +6,15 @@ The loop thread and the model thread meet only here:
     submit() ── offer ──▶ ┌───────────┐ ── poll ──▶ prepare, forward, finish
     cancel() ──────────▶  │ Scheduler │                        │
     futures ◀─────────────└───────────┘◀── finished ───────────┘  one call_soon_threadsafe per batch
+    _ended() ◀──────── the thread has died: answer everybody, start another ── breaker.py
 
-One lock guards the scheduler; no model code runs while it is held. The model thread sleeps on a
-condition, so an idle server wakes nobody. Whatever raises on the model thread, every item that it
-had in hand is answered: a crash of the loop itself fails everything that waits and starts afresh.
+One lock guards the scheduler and the breaker; no model code runs while it is held. The model thread
+sleeps on a condition, so an idle server wakes nobody.
+
+Nobody waits for ever. What the model raises is dealt with on its thread: a batch is taken apart until
+the culprit stands alone (`culprits.py`), one that does not fit into memory is halved (`memory.py`).
+What our own code raises there ends the thread. The loop thread keeps the list of all that is
+unanswered, so that it can answer everybody whatever state the dead one has left behind.
 
 Not here: which items run together (`scheduler.py`), what a model is (`models.py`).
 """
@@ -17,12 +22,16 @@ Not here: which items run together (`scheduler.py`), what a model is (`models.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from serving_kit import faults
+from serving_kit.breaker import Breaker, Gate
+from serving_kit.culprits import Search
 from serving_kit.errors import (
     DeadlineExceeded,
     ModelFailed,
@@ -31,14 +40,16 @@ from serving_kit.errors import (
     ServingError,
     Unavailable,
 )
-from serving_kit.records import BatchRecord
-from serving_kit.scheduler import Batch, Drop, Item, Scheduler, State
+from serving_kit.faults import Fault, WorkerDied, WrongNumberOfOutputs
+from serving_kit.memory import make_room
+from serving_kit.records import BatchReason, BatchRecord
+from serving_kit.scheduler import Batch, Decision, Drop, Item, Scheduler, State
 from serving_kit.settings import Settings
 
 THREAD_NAME = "serving-kit-model"
-# Crashes of the worker loop itself (not of the model) in a row, with no batch between them, after
-# which it gives up: something is broken for good.
-_MOST_CRASHES = 3
+_LOST_DEVICE = "the device is in an error state that only a new process clears: restart the kernel"
+_LOOK_AGAIN_S = 0.1  # for a thread that should have ended
+_NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +104,22 @@ class Job:
     prepared: Prepared | None = None
 
 
-class WrongNumberOfOutputs(RuntimeError):
-    """The model did not return one output per input, so none can be trusted."""
+class _Call(NamedTuple):
+    """One forward and what came of it."""
+
+    items: Sequence[Item]
+    started: float
+    ended: float
+    answers: Sequence[Any] = ()  # one for each item: what its client gets, or a `ServingError`
+    error: BaseException | None = None  # what the model raised instead
+
+
+class _Witness(NamedTuple):
+    """An input that the model has answered well: if it still does, a failure is not the model's."""
+
+    seconds: float  # that its batch took
+    value: Any
+    parameters: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -102,8 +127,8 @@ class Batcher:
     """Runs one model on one thread, a batch at a time.
 
     Start, submit, cancel and stop belong to the loop thread; `tune` and the readers may be called
-    from any thread. The two hooks are called on the model thread; if one raises, that counts as a
-    crash of the worker.
+    from any thread. The two hooks are called on the model thread, and `on_error` also on the loop
+    thread; if one raises, that counts as a crash of the model thread.
     """
 
     model: Model | None  # None once it was let go
@@ -111,15 +136,17 @@ class Batcher:
     on_batch: Callable[[BatchRecord], None]
     on_error: Callable[[ServingError, BaseException], None]  # keeps the details, sets error.incident
     clock: Callable[[], float] = time.monotonic
-    failure: str | None = None  # why the worker has given up; None: it has not
+    breaker: Breaker = field(default_factory=Breaker)
     busy_since: float | None = None  # start of the running forward
     wakeups: int = 0  # times that the worker looked for work; an idle server adds none
     _loop: asyncio.AbstractEventLoop | None = None
     _thread: threading.Thread | None = None
     _stopped: asyncio.Event | None = None
     _stopping: bool = False
-    _crashes: int = 0
-    _in_hand: list[Item] = field(default_factory=list)  # taken from the scheduler, not answered yet
+    _cause: BaseException | None = None  # what the model thread has died of
+    _revival: asyncio.TimerHandle | None = None  # when a dead thread will have a successor
+    _unanswered: set[Item] = field(default_factory=set)  # the loop thread's own
+    _witness: _Witness | None = None  # the model thread's own
     _wake: threading.Condition = field(default_factory=threading.Condition)
 
     # -- the loop thread's side ------------------------------------------------------------------
@@ -128,8 +155,7 @@ class Batcher:
         """Start the model thread. Results will be delivered to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
-        self._thread.start()
+        self._spawn()
 
     def submit(
         self,
@@ -147,12 +173,14 @@ class Batcher:
         Raises:
             RequestTooLarge: more values than the queue can ever hold.
             Overloaded: refused at the door.
-            Unavailable: the server is stopping or broken.
+            Unavailable: the server is stopping, or the model is broken.
         """
         assert self._loop is not None, "submit() before start(). This is a bug."
         model = self.model
-        if model is None or self.scheduler.draining or self.failure is not None:
-            raise Unavailable(self.failure or "the server is stopping")
+        if model is None or self.scheduler.draining:
+            raise Unavailable("the server is stopping")
+        if self._thread is not None and not self._thread.is_alive():
+            self._ended(self._thread)  # it could not even say so
         most = self.scheduler.settings.max_queue_size
         if len(values) > most:
             raise RequestTooLarge(f"{len(values)} inputs in one request; the most is {most} (max_queue_size)")
@@ -165,11 +193,13 @@ class Batcher:
             )
             for value in values
         ]
+        now = self.clock()
         with self._wake:
-            if self.failure is not None:  # since we looked
-                raise Unavailable(self.failure)
-            refusal = self.scheduler.offer(items, self.clock())
+            if not self.breaker.admits(now, self.scheduler.in_flight):
+                raise self._out_of_order(now)
+            refusal = self.scheduler.offer(items, now)
             if refusal is None:
+                self._unanswered.update(items)
                 self._wake.notify()
         if refusal is not None:
             raise Overloaded(f"the server is overloaded: {refusal.reason}", retry_after=refusal.retry_after)
@@ -177,6 +207,7 @@ class Batcher:
 
     def cancel(self, items: Sequence[Item]) -> None:
         """Give up on items: waiting ones leave the queue now, running ones end unheard."""
+        self._unanswered.difference_update(items)
         with self._wake:
             for item in items:
                 self.scheduler.cancel(item)
@@ -201,72 +232,147 @@ class Batcher:
         """
         self._stopping = True
         self.drain()
-        if self._stopped is None:
-            return True
+        thread = self._thread
+        if self._revival is not None:  # it is dead, and stays so
+            self._revival.cancel()
         try:
-            async with asyncio.timeout(drain_s):
-                await self._stopped.wait()
-        except (TimeoutError, asyncio.CancelledError) as impatience:
-            with self._wake:
-                left = self.scheduler.evict()
-                self._wake.notify()
-            self._resolve([(item, Result(error=Unavailable("the server has stopped"))) for item in left])
-            if isinstance(impatience, asyncio.CancelledError):
-                raise
+            if thread is not None and self._stopped is not None:
+                async with asyncio.timeout(drain_s):
+                    while thread.is_alive() and not self._stopped.is_set():
+                        with contextlib.suppress(TimeoutError):  # it may die without a word
+                            await asyncio.wait_for(self._stopped.wait(), _LOOK_AGAIN_S)
+                thread.join(drain_s)  # it has said that it is done: this is the last microsecond
+        except TimeoutError:
             return False
-        assert self._thread is not None
-        self._thread.join(drain_s)  # it has said that it is done: this is the last microsecond
-        return True
+        else:
+            return True
+        finally:
+            self._answer_everybody(Unavailable("the server has stopped"))
 
-    def release(self) -> None:
-        """Let the model go. After `stop`; a forward that is still stuck in it keeps it until it ends."""
-        self.model = None
+    def abandon(self) -> None:
+        """End the thread and let the model go. Any thread; after `stop`, or if the loop has died.
+
+        A forward that is still stuck in the model keeps it until it ends.
+        """
+        self._stopping = True
+        self.model = self._witness = None
+        with self._wake:
+            self.scheduler.draining = True
+            self.scheduler.evict()
+            self._wake.notify()
 
     @property
     def alive(self) -> bool:
-        """Whether the model thread runs and has not given up."""
-        return self._thread is not None and self._thread.is_alive() and self.failure is None
+        """Whether the model thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def trouble(self) -> str:
+        """Why nothing can be answered now, in words for strangers; empty if something can."""
+        now = self.clock()
+        gate = self.breaker.gate(now)
+        if gate is Gate.OPEN:
+            return f"{self.breaker.reason}; it is tried again in {self.breaker.pause(now):.0f} s"
+        if gate is Gate.LATCHED:
+            return self.breaker.reason
+        return "" if self.alive else "the model thread has died and is being started again"
+
+    def doubt(self) -> str:
+        """Why it is not certain that requests can be answered; empty if there is no reason for doubt."""
+        return self.breaker.reason and f"{self.breaker.reason}; one request at a time is let in to try again"
+
+    def _out_of_order(self, now: float) -> Unavailable:
+        pause = self.breaker.pause(now)
+        return Unavailable(self.breaker.reason, retry_after=pause if pause < float("inf") else None)
+
+    def _spawn(self) -> None:
+        self._revival = None
+        self._thread = threading.Thread(target=self._live, name=THREAD_NAME, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system has no thread to give
+            self._cause = error
+            self._ended(self._thread, _NO_THREAD_S)
+
+    def _ended(self, thread: threading.Thread, at_least_s: float = 0.0) -> None:
+        """The model thread is gone. Unless it was to go: answer everybody and start another."""
+        assert self._loop is not None
+        assert self._stopped is not None
+        if thread is not self._thread or self._revival is not None:
+            return  # already dealt with
+        if self._stopping and (self._cause is None or self.model is None):
+            self._stopped.set()
+            return
+        died = WorkerDied("the model thread has died")
+        died.__cause__, self._cause = self._cause, None
+        failed = ModelFailed("the server failed on this request", detail=f"{died}: {died.__cause__!r}")
+        self.busy_since = None
+        with self._wake:
+            now = self.clock()
+            self.breaker.failed(now, "a crash of its thread")
+            pause = max(self.breaker.pause(now), at_least_s)
+        if self._stopping:
+            self._stopped.set()
+        else:
+            self._revival = self._loop.call_later(pause, self._spawn)
+        try:
+            self.on_error(failed, died)
+        finally:  # the hook may be what is broken; the clients still come first
+            self._answer_everybody(failed)
+
+    def _answer_everybody(self, error: ServingError) -> None:
+        with self._wake:
+            self.scheduler.evict()
+            self._wake.notify()
+        self._resolve([(item, Result(error=error)) for item in self._unanswered])
+
+    def _resolve(self, results: Sequence[tuple[Item, Result]]) -> None:
+        """Wake the clients."""
+        for item, result in results:
+            self._unanswered.discard(item)
+            future: asyncio.Future[Result] = item.payload.future
+            if not future.done():
+                future.set_result(result)
 
     # -- the model thread's side -----------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _live(self) -> None:
+        """The thread's life; whatever ends it, the loop thread hears of it."""
         try:
-            while True:
-                try:
-                    if not self._cycle():
-                        break
-                except BaseException as error:
-                    if not self._survive(error):
-                        break
+            while self._cycle():
+                pass
+        except BaseException as error:
+            self._cause = error
         finally:
-            self._answer_everybody(Unavailable(self.failure or "the server has stopped"))
-            self._post(self._mark_stopped)
+            self._post(self._ended, threading.current_thread())
 
     def _cycle(self) -> bool:
         """Wait for something to do and do it. Returns False when there is no more to come."""
+        refused: list[Item] = []
+        fresh: list[Item] = []
+        decision = Decision()
         with self._wake:
             while True:
                 self.wakeups += 1
+                now = self.clock()
+                if self.breaker.gate(now) in (Gate.OPEN, Gate.LATCHED):
+                    refused = self.scheduler.evict()
                 fresh = self.scheduler.unprepared()
                 if fresh:
                     break
-                now = self.clock()
                 decision = self.scheduler.poll(now)
-                self._in_hand = [item for item, _ in decision.dropped]
-                if decision.batch:
-                    self._in_hand += decision.batch.items
-                if self._in_hand:
+                if refused or decision.batch or decision.dropped:
                     break
                 if self._stopping and not self.scheduler.queue_depth:
                     return False
                 self._wake.wait(None if decision.wake_at is None else decision.wake_at - now)
+        if refused:
+            self._deliver([(item, Result(error=self._out_of_order(now))) for item in refused])
         if fresh:
             self._prepare(fresh)
             return True
         self._deliver([(item, Result(error=_why(drop))) for item, drop in decision.dropped])
         if decision.batch:
             self._run(decision.batch)
-        self._crashes = 0
         return True
 
     def _prepare(self, items: Sequence[Item]) -> None:
@@ -280,10 +386,11 @@ class Batcher:
                 prepared = model.prepare(job.value, job.parameters)
             except BaseException as error:
                 failed = self._failure(error)
-                self._in_hand = [item]
                 with self._wake:
                     self.scheduler.cancel(item)
                 self._deliver([(item, Result(error=failed))])
+                if self._still_works(error) is not True:
+                    self._suspect(error)
             else:
                 with self._wake:
                     job.prepared = prepared
@@ -291,45 +398,34 @@ class Batcher:
 
     def _run(self, batch: Batch) -> None:
         """One batch from start to answers."""
+        call = self._call(batch.items)
+        if call.error is not None:
+            self._record(call, batch.reason, batch.left_waiting)
+            self._recover(batch, call, call.error)
+            with self._wake:
+                self.scheduler.finished(self.clock(), ok=False)
+            return
+        with self._wake:
+            self.scheduler.finished(call.ended, ok=True, started=call.started)
+        self._answer(call, call.started)
+        self._record(call, batch.reason, batch.left_waiting)
+
+    def _call(self, items: Sequence[Item]) -> _Call:
+        """Run the model once on prepared items."""
         model = self._model()
-        jobs: list[Job] = [item.payload for item in batch.items]
-        inputs = [job.prepared for job in jobs if job.prepared is not None]
+        inputs: list[Prepared] = [item.payload.prepared for item in items]
         started = self.busy_since = self.clock()
-        failed: ServingError | None = None
         try:
             outputs = model.forward(inputs)
             if len(outputs) != len(inputs):
                 raise WrongNumberOfOutputs(f"{len(inputs)} inputs, {len(outputs)} outputs")
         except BaseException as error:
-            failed = self._failure(error)
-            answers: list[Any] = [failed] * len(inputs)
+            return _Call(items, started, self.clock(), error=error)
         else:
             answers = [self._finish(model, *pair) for pair in zip(outputs, inputs, strict=True)]
-        now = self.clock()
-        self.busy_since = None
-        with self._wake:
-            self.scheduler.finished(now, ok=failed is None, started=started)
-        wasted = sum(item.abandoned or item.deadline < now for item in batch.items)
-        self._deliver(
-            [
-                (item, _result(answer, started - item.arrived, now - started))
-                for item, answer in zip(batch.items, answers, strict=True)
-            ]
-        )
-        self.on_batch(
-            BatchRecord(
-                started=started,
-                finished=now,
-                size=len(inputs),
-                tokens=batch.tokens,
-                padded_tokens=batch.padded_tokens,
-                reason=batch.reason,
-                oldest_wait=started - batch.items[0].arrived,
-                left_waiting=batch.left_waiting,
-                wasted=wasted,
-                ok=failed is None,
-            )
-        )
+            return _Call(items, started, self.clock(), answers)
+        finally:
+            self.busy_since = None
 
     def _finish(self, model: Model, output: Any, prepared: Prepared) -> Any:
         """One answer, or the `ServingError` that stands in for it. A bad one fails alone."""
@@ -338,50 +434,182 @@ class Batcher:
         except BaseException as error:
             return self._failure(error)
 
+    def _answer(self, call: _Call, started: float) -> None:
+        """Deliver what a forward has given to items whose batch was `started` then."""
+        pairs = list(zip(call.items, call.answers, strict=True))
+        good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
+        if good is not None and (self.breaker.reason or self.breaker.failures):
+            with self._wake:  # before anybody is answered, or he could be refused for what is over
+                self.breaker.succeeded()
+        self._deliver(
+            [(item, _result(answer, started - item.arrived, call.ended - started)) for item, answer in pairs]
+        )
+        if good is None:
+            bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
+            if bad is not None and self._still_works(bad) is not True:
+                self._suspect(bad)
+            return
+        seconds = call.ended - call.started
+        if self._witness is None or seconds < self._witness.seconds:
+            self._witness = _Witness(seconds, good.payload.value, good.payload.parameters)
+
+    def _record(self, call: _Call, reason: BatchReason, left_waiting: int) -> None:
+        """Tell the world about one forward."""
+        tokens = [item.tokens for item in call.items]
+        self.on_batch(
+            BatchRecord(
+                started=call.started,
+                finished=call.ended,
+                size=len(tokens),
+                tokens=sum(tokens),
+                padded_tokens=_padded(call.items),
+                reason=reason,
+                oldest_wait=call.started - call.items[0].arrived,
+                left_waiting=left_waiting,
+                wasted=sum(item.abandoned or item.deadline < call.ended for item in call.items),
+                ok=call.error is None,
+            )
+        )
+
+    # -- the model thread's side, when the model has raised ----------------------------------------
+
+    def _recover(self, batch: Batch, call: _Call, error: BaseException) -> None:
+        """Answer every item of a batch that raised; none but the culprits hear of it.
+
+        One culprit among n takes 2 * ceil(log2 n) + 1 further forwards at most: one for the witness,
+        and the search.
+        """
+        items, started = batch.items, call.started
+        settled: set[Item] = set()  # answered, one way or the other
+        blamed: set[Item] = set()
+        too_large: list[Sequence[Item]] = []  # parts that did not fit into memory
+        passed = False
+
+        def blame(culprits: Sequence[Item]) -> None:
+            failed = self._failure(error, fits=passed or works is not False)
+            took = self.clock() - started
+            results = [
+                (i, Result(error=failed, queue_wait=started - i.arrived, forward=took)) for i in culprits
+            ]
+            self._deliver(results)
+            settled.update(culprits)
+            blamed.update(culprits)
+
+        fault = faults.kind(error)
+        if fault is Fault.MEMORY:
+            make_room(error, thorough=True)
+            too_large.append(items)
+        halving = fault is Fault.MEMORY and len(items) > 1
+        nobody = not any(_is_wanted(item, call.ended) for item in items)
+        works = None if halving or nobody else self._still_works(error)
+        over = nobody or fault is Fault.OUTPUTS or works is False
+        search = Search(len(items), vouched=halving or works is True)
+        while not over and (part := search.next()) is not None:
+            now = self.clock()
+            live = [items[i] for i in part if items[i] not in settled and _is_wanted(items[i], now)]
+            if not live:
+                continue
+            call = self._call(live)
+            self._record(call, BatchReason.RETRY, batch.left_waiting)
+            if call.error is None:
+                passed = True
+                search.passed()
+                self._answer(call, started)
+                settled.update(live)
+                continue
+            error, fault = call.error, faults.kind(call.error)
+            if fault is Fault.MEMORY:
+                make_room(error)
+                too_large.append(live)
+            search.failed(part)
+            if len(live) == 1 or fault in (Fault.OUTPUTS, Fault.DEVICE):
+                if not passed and works is None:
+                    works = self._still_works(error)
+                blame(live)
+                over = works is False
+        now = self.clock()
+        late = [item for item in items if item not in settled and item.deadline <= now]
+        self._deliver([(item, Result(error=_why(Drop.EXPIRED))) for item in late])
+        settled.update(late)
+        if rest := [item for item in items if item not in settled and _is_wanted(item, now)]:
+            blame(rest)
+        if not blamed:
+            self._failure(error)  # nobody else is told, but the owner is
+        if not passed and works is not True:
+            self._suspect(error)
+        together = [part for part in too_large if len(part) > 1 and blamed.isdisjoint(part)]
+        if together:  # each of them fits: it was their number
+            least = min(together, key=_padded)
+            with self._wake:
+                self.scheduler.ceiling.broke(_longest(least), _padded(least), now)
+
+    def _still_works(self, error: BaseException) -> bool | None:
+        """Whether the model answers what it has answered before; None: it never has.
+
+        If it does, `error` is the fault of the input.
+        """
+        if isinstance(error, ServingError) and not isinstance(error, ModelFailed):
+            return True  # a verdict on the input, not a failure
+        if faults.kind(error) is Fault.DEVICE:
+            return False
+        witness = self._witness
+        if witness is None:
+            return None
+        model = self._model()
+        self.busy_since = self.clock()
+        try:
+            prepared = model.prepare(witness.value, witness.parameters)
+            (output,) = model.forward([prepared])
+            model.finish(output, prepared)
+        except BaseException:
+            self._witness = None  # it may be the witness that has gone bad: do not trust it twice
+            return False
+        else:
+            return True
+        finally:
+            self.busy_since = None
+
+    def _suspect(self, error: BaseException) -> None:
+        """Blame the model itself."""
+        with self._wake:
+            self.breaker.failed(self.clock(), _class_of(error))
+
     def _model(self) -> Model:
         """The model, held for one step: a forward may outlive `release`."""
         if self.model is None:
             raise Unavailable("the server has stopped")
         return self.model
 
-    def _failure(self, error: BaseException) -> ServingError:
-        """What the client is told about `error`; the owner is told everything."""
+    def _failure(self, error: BaseException, *, fits: bool = True) -> ServingError:
+        """What the client is told about `error`; the owner is told everything.
+
+        Args:
+            error: As the model raised it.
+            fits: Whether other inputs fit into memory, so that a lack of it is this one's own fault.
+        """
         if isinstance(error, ServingError) and error.__cause__ is None:
             return error  # a plain verdict on the input: nothing went wrong here
-        failed = (
-            error
-            if isinstance(error, ServingError)
-            else ModelFailed("the model failed on this request", detail=f"{type(error).__name__}: {error}")
-        )
+        fault, detail = faults.kind(error), f"{type(error).__name__}: {error}"
+        failed: ServingError
+        if fault is Fault.DEVICE:
+            with self._wake:
+                self.breaker.latch(_LOST_DEVICE)
+        if isinstance(error, ServingError):
+            failed = error
+        elif fault is Fault.MEMORY and fits:
+            failed = RequestTooLarge("this input needs more memory than the server has", detail=detail)
+        elif fault is Fault.MEMORY:
+            failed = Unavailable("the server has run out of memory")
+            failed.detail = detail
+        else:
+            failed = ModelFailed("the model failed on this request", detail=detail)
         self.on_error(failed, error)
         return failed
 
     def _deliver(self, results: list[tuple[Item, Result]]) -> None:
-        """Hand results to the loop thread; only then are they no longer ours to lose."""
+        """Hand results to the loop thread."""
         if results:
             self._post(self._resolve, results)
-            answered = {id(item) for item, _ in results}
-            self._in_hand = [item for item in self._in_hand if id(item) not in answered]
-
-    def _survive(self, error: BaseException) -> bool:
-        """The worker loop itself raised: answer everybody. Returns whether to go on."""
-        self._crashes += 1
-        self.busy_since = None
-        failed = ModelFailed("the server failed on this request", detail=f"{type(error).__name__}: {error}")
-        try:
-            self.on_error(failed, error)
-        except BaseException:  # the hook may be what is broken; the clients still come first
-            failed.incident = None
-        if self._crashes >= _MOST_CRASHES:
-            self.failure = f"the model thread has failed {_MOST_CRASHES} times in a row"
-        self._answer_everybody(failed)
-        return self.failure is None
-
-    def _answer_everybody(self, error: ServingError) -> None:
-        with self._wake:
-            items, self._in_hand = self._in_hand, []
-            items += self.scheduler.evict()
-        self._post(self._resolve, [(item, Result(error=error)) for item in items])
 
     def _post(self, callback: Callable[..., None], *args: Any) -> None:
         """Run `callback` on the loop thread. A closed loop has no clients left."""
@@ -391,18 +619,6 @@ class Batcher:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
-
-    def _mark_stopped(self) -> None:
-        assert self._stopped is not None
-        self._stopped.set()
-
-    @staticmethod
-    def _resolve(results: Sequence[tuple[Item, Result]]) -> None:
-        """On the loop thread: wake the clients."""
-        for item, result in results:
-            future: asyncio.Future[Result] = item.payload.future
-            if not future.done():
-                future.set_result(result)
 
 
 def _why(drop: Drop) -> ServingError:
@@ -415,3 +631,20 @@ def _result(answer: Any, queue_wait: float, forward: float) -> Result:
     if isinstance(answer, ServingError):
         return Result(error=answer, queue_wait=queue_wait, forward=forward)
     return Result(value=answer, queue_wait=queue_wait, forward=forward)
+
+
+def _is_wanted(item: Item, now: float) -> bool:
+    """Whether somebody waits for a running item, and may still get it in time."""
+    return item.state is State.RUNNING and not item.abandoned and item.deadline > now
+
+
+def _class_of(error: BaseException) -> str:
+    return type(error).__name__[:60]
+
+
+def _longest(items: Sequence[Item]) -> int:
+    return max(item.tokens for item in items)
+
+
+def _padded(items: Sequence[Item]) -> int:
+    return len(items) * _longest(items)

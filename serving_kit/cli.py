@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 
@@ -50,8 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     rule = access(token, options.host, allowed_hosts=options.allow_host, allowed_origins=options.allow_origin)
     app = build_app(service, access=rule)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
-    uvicorn.Server(config).run(sockets=[sock])
+    _Server(config, service).run(sockets=[sock])
     return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that refuses new work from the moment that it is asked to go, and not only new connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM and SIGINT, in the thread that runs the loop."""
+        self._service.drain()
+        super().handle_exit(sig, frame)
 
 
 def _parser() -> argparse.ArgumentParser:

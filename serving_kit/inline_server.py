@@ -105,6 +105,9 @@ class InlineServer:
         self._ready = threading.Event()  # it answers, or it never will
         self._failure: BaseException | None = None
         self._retirements: set[asyncio.Task[None]] = set()
+        self._waited_for: set[concurrent.futures.Future[Any]] = set()  # results that other threads want
+        self._asked_to_end = False
+        self.died = False  # the thread has ended though nobody has asked it to
         self._stopping = threading.Lock()
 
     @property
@@ -153,19 +156,33 @@ class InlineServer:
                 server has stopped.
             TimeoutError: it took longer than `timeout` seconds; it is cancelled.
         """
-        loop = self.loop
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("this would wait for itself: on the server's own thread, await instead")
+        future = self.submit(coroutine)
+        try:
+            return future.result(timeout)
+        except BaseException:  # also ■: then nobody wants the result any more
+            if self.alive:
+                future.cancel()
+            raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on the server's loop. If the loop dies, so does the future: none waits for ever.
+
+        Raises:
+            RuntimeError: the server has stopped.
+        """
+        loop = self.loop
         if loop is None or not self.alive or loop.is_closed():
             coroutine.close()
             raise RuntimeError("the server has stopped")
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        try:
-            return future.result(timeout)
-        except BaseException:  # also ■: then nobody wants the result any more
-            future.cancel()
-            raise
+        self._waited_for.add(future)
+        future.add_done_callback(self._waited_for.discard)
+        if not self.alive:
+            self._give_up_waiting()
+        return future
 
     def swap(self, app: ASGIApp, drain_s: float = 5.0, *, then: Callable[[], None] | None = None) -> None:
         """Put another app in place of the present one, on the same socket and connections.
@@ -196,6 +213,7 @@ class InlineServer:
         with self._stopping:
             atexit.unregister(self.stop)
             interrupt: BaseException | None = None
+            self._asked_to_end = True
             if self.alive and self._server is not None and self._mounted is not None:
                 try:
                     self._wait_for(self._mounted.retire(drain_s), drain_s)
@@ -204,14 +222,22 @@ class InlineServer:
                     self._wait_for(self._mounted.end(0), 0)
                 self._server.should_exit = True
             gone = self._join()
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)  # a loop that is stuck has its own hold on it
-            with contextlib.suppress(OSError):
-                self.sock.close()
+            self._close_port()
             process_guard.release(self)
             if interrupt is not None:
                 raise interrupt
             return gone
+
+    def _close_port(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # a loop that is stuck has its own hold on it
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+    def _give_up_waiting(self) -> None:
+        for future in list(self._waited_for):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                future.set_exception(RuntimeError("the server has stopped"))
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, None], patience_s: float) -> None:
         """Run a step of the shutdown; if it overruns or the loop has gone, go on to the next."""
@@ -247,6 +273,11 @@ class InlineServer:
         except BaseException as error:
             self._failure = error
         finally:
+            self.died = self._ready.is_set() and not self._asked_to_end
+            if self.died:  # a port that nobody serves must not take connections: they would wait for ever
+                process_guard.keep(f"the server's thread has died: {self._failure!r}")
+                self._close_port()
+            self._give_up_waiting()
             self._ready.set()
 
     async def _serve(self, server: uvicorn.Server) -> None:

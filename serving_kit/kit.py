@@ -72,12 +72,8 @@ class Server:
 
     async def predict(self, inputs: Any, **parameters: Any) -> Any:
         """The same for `await`: the cell's event loop goes on while the model works."""
-        loop = self._inline.loop
-        if loop is None or loop.is_closed():
-            raise RuntimeError("the server has stopped")
         with _explained():
-            future = asyncio.run_coroutine_threadsafe(self._ask(inputs, parameters), loop)
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(self._inline.submit(self._ask(inputs, parameters)))
 
     async def _ask(self, inputs: Any, parameters: Mapping[str, Any]) -> Any:
         service = self._service
@@ -113,6 +109,8 @@ class Server:
         snapshot = self._service.snapshot(series)
         if self._replaced:
             snapshot["reason"] = "replaced by a newer run of serve()"
+        elif self._inline.died:
+            snapshot |= {"state": "failed", "reason": "the server's thread has died: run serve() again"}
         return {**snapshot, "url": self.url}
 
     def errors(self) -> list[Incident]:
@@ -149,6 +147,7 @@ class Server:
                 if not self._replaced:
                     self._service.drain()
                     self._inline.stop(timeout)
+                    self._service.abandon()  # a loop that has died could not
             finally:  # also when ■ has ended the patience: it has stopped then, too
                 if _servers.get(self.name) is self:
                     del _servers[self.name]
@@ -171,7 +170,7 @@ class Server:
 
     def __repr__(self) -> str:
         state, _ = self._service.state()
-        state = "replaced" if self._replaced else state
+        state = "replaced" if self._replaced else "failed" if self._inline.died else state
         requests = self._service.metrics.outcomes.total()
         return (
             f"<serving_kit.Server {self.name!r}: {self._service.model_name} ({self._service.task}) "
@@ -247,6 +246,7 @@ def serve(
     with _lock:
         old = _servers.get(name)
         if old is not None and not old.running:
+            old.stop()  # its thread has died: what it holds is ours to free
             old = None
         token = old.token if old is not None else secrets.token_urlsafe(16)
         rule = access(token, host, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)

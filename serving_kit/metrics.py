@@ -26,6 +26,7 @@ from prometheus_client.core import (
     Metric,
 )
 
+from serving_kit.faults import Fault
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
 
 HISTORY_S = 300
@@ -102,6 +103,7 @@ class Metrics:
     def __init__(self) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self.reasons: Counter[BatchReason] = Counter()
+        self.faults: Counter[Fault] = Counter()
         self.items = 0
         self.wasted = 0
         self._lock = threading.Lock()
@@ -149,6 +151,11 @@ class Metrics:
             self._forward.add(record.forward)
             self._sizes.add(record.size)
 
+    def add_fault(self, fault: Fault) -> None:
+        """Something went wrong on the model thread."""
+        with self._lock:
+            self.faults[fault] += 1
+
     def snapshot(self, now: float) -> dict[str, Any]:
         """The totals, and the last `WINDOW_S` seconds. Durations are in milliseconds."""
         with self._lock:
@@ -166,6 +173,7 @@ class Metrics:
             return {
                 "requests": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
                 "batches": {reason.value: self.reasons[reason] for reason in BatchReason},
+                "faults": {fault.value: self.faults[fault] for fault in Fault},
                 "items": self.items,
                 "wasted_items": self.wasted,
                 "window": {
@@ -213,9 +221,15 @@ class Metrics:
             )
             for reason in BatchReason:
                 batches.add_metric([reason.value], self.reasons[reason])
+            faults = CounterMetricFamily(
+                "serving_kit_faults", "What went wrong in the model or around it.", labels=["kind"]
+            )
+            for fault in Fault:
+                faults.add_metric([fault.value], self.faults[fault])
             families = [
                 requests,
                 batches,
+                faults,
                 CounterMetricFamily(
                     "serving_kit_wasted_items", "Items run for nobody: gone or late.", value=self.wasted
                 ),

@@ -35,6 +35,7 @@ class BatchReason(StrEnum):
     DEADLINE = "deadline"  # the oldest item had waited max_wait_ms
     ALL_PRESENT = "all_present"  # everybody who had been answered was back
     DRAIN = "drain"  # the server is stopping: finish what was admitted
+    RETRY = "retry"  # a part of a batch that had failed
 
 
 class RequestRecord(NamedTuple):

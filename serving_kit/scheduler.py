@@ -35,6 +35,7 @@ from enum import Enum
 from typing import Any
 
 from serving_kit.cost import CostModel
+from serving_kit.memory import Ceiling
 from serving_kit.records import BatchReason
 from serving_kit.returning import Returning
 from serving_kit.settings import Settings
@@ -127,6 +128,7 @@ class Scheduler:
 
     settings: Settings
     cost: CostModel = field(default_factory=CostModel)
+    ceiling: Ceiling = field(default_factory=Ceiling)  # what has turned out not to fit into memory
     draining: bool = False
     _queue: list[Item] = field(default_factory=list)  # waiting, in order of arrival
     _queued_tokens: int = 0
@@ -213,7 +215,7 @@ class Scheduler:
         self._remove([item for item, _ in dropped])
         decision = Decision()
         while anchor := next((item for item in self._queue if item.group is not None), None):
-            items, reason = self._choose(anchor)
+            items, reason = self._choose(anchor, now)
             cost = self.cost.high(_padded(items))
             if self._cannot_make_it(anchor, now + cost, now):
                 self._remove([anchor])
@@ -261,8 +263,7 @@ class Scheduler:
         """Take out everything that is waiting or running, oldest first. For crashes and for stop."""
         running = list(self._running.items) if self._running else []
         items = running + self._queue
-        self._remove(self._queue)
-        self._running = None
+        self._queue, self._queued_tokens, self._running = [], 0, None
         for item in items:
             item.state = State.DONE
         return items
@@ -282,7 +283,7 @@ class Scheduler:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _choose(self, anchor: Item) -> tuple[list[Item], BatchReason]:
+    def _choose(self, anchor: Item, now: float) -> tuple[list[Item], BatchReason]:
         """The anchor and its company."""
         most, budget = self.settings.max_batch_size, self.token_budget()
         peers = [item for item in self._queue if item.group == anchor.group][: self._window()]
@@ -290,6 +291,11 @@ class Scheduler:
             items = group_by_length(peers, most, budget, self.cost.a, self.cost.b)
         else:
             items = fifo_prefix(peers, most, budget)
+        chosen = len(items)
+        while len(items) > 1 and _padded(items) > self.ceiling.limit(max(map(_tokens, items)), now):
+            items.remove(max((item for item in reversed(items) if item is not anchor), key=_tokens))
+        if len(items) < chosen:
+            return items, BatchReason.BUDGET
         if len(items) == most:
             return items, BatchReason.FULL
         if (len(items) + 1) * max(item.tokens for item in items) > budget:

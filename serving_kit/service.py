@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+from serving_kit import faults
 from serving_kit.batching import Batcher, Model, Result
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -151,7 +152,7 @@ class Service:
             model,
             Scheduler(settings),
             on_batch=self.metrics.add_batch,
-            on_error=self.keep_incident,
+            on_error=self._keep_fault,
             clock=clock,
         )
         for timing in model.timings:
@@ -178,9 +179,13 @@ class Service:
         try:
             return await self.batcher.stop(drain_s)
         finally:
-            self.stopped = True
-            self.model = None
-            self.batcher.release()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
+        self.stopped = True
+        self.model = None
+        self.batcher.abandon()
 
     # -- one request -----------------------------------------------------------------------------
 
@@ -275,13 +280,13 @@ class Service:
             return "starting", "the model is not ready yet"
         if self.batcher.scheduler.draining:
             return "draining", "the server is stopping"
-        if not self.batcher.alive:
-            return "failed", self.batcher.failure or "the model thread has died"
+        if trouble := self.batcher.trouble():
+            return "failed", trouble
         busy_since = self.batcher.busy_since
         bound = max(_STUCK_AT_LEAST_S, _STUCK_FACTOR * self.settings.timeout_s)
         if busy_since is not None and self.clock() - busy_since > bound:
             return "stuck", f"one forward has been running for more than {bound:.0f} s"
-        return "ready", ""
+        return "ready", self.batcher.doubt()
 
     def snapshot(self, series: int = 0) -> dict[str, Any]:
         """Everything that there is to see now, as a JSON object. Durations are in milliseconds.
@@ -313,6 +318,7 @@ class Service:
                 "call_ms": scheduler.cost.a * 1e3,
                 "token_us": scheduler.cost.b * 1e6,
                 "max_batch_tokens": scheduler.token_budget(),
+                "memory_limit_tokens": scheduler.ceiling.lowest(now),
             },
             **self.metrics.snapshot(now),
             **history,
@@ -329,6 +335,12 @@ class Service:
         self._incidents.append(
             Incident(failed.incident, time.time(), failed.outcome, f"{type(error).__name__}: {error}", text)
         )
+
+    def _keep_fault(self, failed: ServingError, error: BaseException) -> None:
+        """Count and remember what went wrong on the model thread."""
+        if not isinstance(failed, InputRejected):
+            self.metrics.add_fault(faults.kind(error))
+        self.keep_incident(failed, error)
 
 
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from serving_kit.batching import THREAD_NAME, Batcher, Prepared, Result
+from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -186,7 +187,7 @@ def test_whatever_a_step_of_the_model_raises_the_client_is_told_and_the_next_one
     async def test(bench: Bench) -> None:
         bench.model.raises[step] = error
         (failed,) = await bench.ask("a")
-        assert isinstance(failed.error, ModelFailed)
+        assert isinstance(failed.error, RequestTooLarge if isinstance(error, MemoryError) else ModelFailed)
         assert "secret" not in str(failed.error)
         assert [r.value for r in await bench.ask("b")] == ["B"]
         assert bench.batcher.alive
@@ -226,7 +227,7 @@ def test_the_worker_may_die_at_any_stage_and_no_client_hangs(stage: str) -> None
         assert bench.batcher.alive
 
     bench = drive(test)
-    assert str(bench.errors[0][1]) == f"a bug in {stage}"
+    assert str(bench.errors[0][1].__cause__) == f"a bug in {stage}"
 
 
 @contextmanager
@@ -277,25 +278,32 @@ class _Broken:
         setattr(self.inner, name, value)
 
 
-def test_a_worker_that_keeps_dying_gives_up_says_so_and_refuses() -> None:
+def test_a_worker_that_keeps_dying_is_restarted_ever_more_slowly_and_the_door_says_why() -> None:
     async def test(bench: Bench) -> None:
         def bug(now: float) -> None:
             raise RuntimeError("a bug for good")
 
-        bench.batcher.scheduler = _Broken(bench.batcher.scheduler, "poll", bug)  # type: ignore[assignment]
-        items: list[Item] = []
-        async with asyncio.timeout(PATIENCE):
-            while bench.batcher.failure is None:
-                try:
-                    items += bench.submit("a")
-                except Unavailable:
-                    break
-                await asyncio.sleep(0.001)
-        for each in items:
-            assert isinstance((await result(each)).error, ServingError)
-        with pytest.raises(Unavailable, match="failed 3 times in a row"):
+        whole = bench.batcher.scheduler
+        bench.batcher.scheduler = _Broken(whole, "poll", bug)  # type: ignore[assignment]
+        items = bench.submit("a")
+        await until(lambda: bench.batcher.breaker.gate(time.monotonic()) is Gate.OPEN)
+        assert isinstance((await result(items[0])).error, ModelFailed)
+        assert len(bench.errors) == 5, "crashes in a row, also without a request between them"
+        assert "a bug for good" in repr(bench.errors[0][1].__cause__)
+        with pytest.raises(Unavailable, match="failed 5 times in a row, last with a crash") as refused:
             bench.submit("b")
-        assert not bench.batcher.alive
+        assert refused.value.retry_after == pytest.approx(5, abs=0.5)
+        assert "tried again in 5 s" in bench.batcher.trouble()
+
+        bench.batcher.scheduler = whole  # the bug is gone, the pause over
+        assert bench.batcher._revival is not None
+        bench.batcher.breaker._until = time.monotonic()
+        bench.batcher._revival.cancel()
+        bench.batcher._spawn()
+        assert bench.batcher.trouble() == ""
+        assert "one request at a time" in bench.batcher.doubt()
+        assert [r.value for r in await bench.ask("c")] == ["C"]
+        assert bench.batcher.doubt() == ""
 
     drive(test)
 

@@ -90,6 +90,13 @@ def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
         token = {"authorization": "Bearer a-token"}
         changed = httpx.patch(f"{url}/settings", json={"max_wait_ms": 1}, headers=token).json()
         assert (changed["max_batch_size"], changed["max_wait_ms"]) == (8, 1.0)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:
+            slow.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 6\r\n\r\n[MASK")
+            until(lambda: httpx.get(f"{url}/stats").json()["requests"]["ok"] == 1)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not answers(url))
+            slow.sendall(b"]")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 503"), "what comes after the signal is refused"
         status, said = ended(process)
     assert status in (0, -signal.SIGTERM)
     assert f"serving serving-kit-demo (fill-mask, cpu) at {url}" in said

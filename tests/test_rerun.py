@@ -563,30 +563,60 @@ def test_a_model_that_could_not_start_is_let_go_too(monkeypatch: Any) -> None:
     assert is_gone(reference)
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+class Heavy(Model):
+    """With weights that are noticed if they stay."""
+
+    def __init__(self, name: str = "heavy", megabytes: int = 4) -> None:
+        super().__init__(name)
+        self.weights = bytearray(os.urandom(2**20) * megabytes)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
-def test_twenty_starts_and_stops_leave_no_thread_and_no_socket(serve: Any) -> None:
+def held() -> tuple[int, int]:
+    """Open files and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def resident_mb() -> float:
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+on_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
+
+
+@on_linux
+def test_fifty_starts_and_stops_leave_no_thread_no_socket_and_no_memory() -> None:
     def once() -> None:
-        with serving_kit.serve(Model(), port=0) as server:
+        with serving_kit.serve(Heavy(), port=0) as server:
             assert ask(server)[0] == 200
 
     once()
-    before = open_files(), threading.active_count()
-    for _ in range(20):
+    before, memory = held(), resident_mb()
+    for _ in range(50):
         once()
-    assert (open_files(), threading.active_count()) == before
+    assert held() == before
+    assert resident_mb() < memory + 20
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
-def test_twenty_reruns_leave_no_thread_and_no_socket(serve: Any) -> None:
-    serve(Model())
-    before = open_files(), threading.active_count()
-    for number in range(20):
-        assert ask(serve(Model(str(number)))) == (200, f'"{number}"')
-    until(lambda: (open_files(), threading.active_count()) == before, what="the end of every connection")
+@on_linux
+def test_fifty_reruns_leave_no_thread_no_socket_and_no_memory(serve: Any) -> None:
+    serve(Heavy())
+    before, memory = held(), resident_mb()
+    for number in range(50):
+        assert ask(serve(Heavy(str(number)))) == (200, f'"{number}"')
+    until(lambda: held() == before, what="the end of every connection")
+    assert resident_mb() < memory + 20
+
+
+@on_linux
+def test_the_memory_of_a_model_comes_back_when_its_server_stops(serve: Any) -> None:
+    before = resident_mb()
+    server = serve(Heavy(megabytes=64))
+    assert ask(server)[0] == 200
+    assert resident_mb() > before + 60
+    server.stop()
+    assert resident_mb() < before + 20
 
 
 # -- scripts ------------------------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""What kind of failure an exception is: the input's, the memory's, the device's, or our own.
+
+Told from class names and fixed phrases of the libraries, so that nothing has to be imported. The
+phrases are matched where the libraries write them and not anywhere in a text, because exception texts
+may quote a client.
+
+Not here: what follows from it (`culprits.py`, `memory.py`, `breaker.py`, `batching.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+
+class Fault(StrEnum):
+    """What went wrong in the model or around it."""
+
+    ERROR = "error"  # the model raised
+    OUTPUTS = "wrong_outputs"  # not one output per input
+    MEMORY = "out_of_memory"
+    DEVICE = "device"  # the accelerator is in a state that only a new process clears
+    CRASH = "crash"  # the kit's own model thread died
+
+
+class WrongNumberOfOutputs(RuntimeError):
+    """The model did not return one output per input, so none can be trusted."""
+
+
+class WorkerDied(RuntimeError):
+    """The model thread ended on its own; its cause is what ended it."""
+
+
+# PyTorch's allocators. The class of CUDA's is recognised by its name.
+_NO_MEMORY = re.compile(
+    r"(not enough memory|can't allocate memory): you tried to allocate \d+ bytes"
+    r"|^(CUDA|HIP|XPU) (driver )?error: out of memory"
+    r"|^MPS backend out of memory"
+    r"|^(CUDA|HIP) error: \w+_STATUS_ALLOC_FAILED"
+)
+# Errors after which every further call in the process fails. PyTorch begins all of them like this.
+_LOST = re.compile(
+    r"^(CUDA|HIP|cuDNN|CUDA driver) error: .*("
+    r"device-side assert|illegal memory access|illegal address|misaligned address|illegal instruction"
+    r"|invalid program counter|unspecified launch failure|launch failed|launch timed out"
+    r"|hardware stack error|uncorrectable ECC|unspecified driver error|unknown error)",
+    re.IGNORECASE,
+)
+
+
+def kind(error: BaseException) -> Fault:
+    """What `error`, as a model raised it, says about the model's state."""
+    for each in _chain(error):
+        if isinstance(each, MemoryError) or _is_named(each, "OutOfMemoryError"):
+            return Fault.MEMORY
+        if isinstance(each, RuntimeError):
+            text = str(each)
+            if _NO_MEMORY.search(text):
+                return Fault.MEMORY
+            if _LOST.search(text):
+                return Fault.DEVICE
+    if isinstance(error, WrongNumberOfOutputs):
+        return Fault.OUTPUTS
+    return Fault.CRASH if isinstance(error, WorkerDied) else Fault.ERROR
+
+
+def _is_named(error: BaseException, name: str) -> bool:
+    return any(base.__name__ == name for base in type(error).__mro__)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The exception and what it was raised from; not what merely was being handled meanwhile."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain

@@ -1,0 +1,275 @@
+"""The decisions after a failure, without threads or clocks: who is to blame, what fits, when to ask."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving_kit.breaker import Breaker, Gate
+from serving_kit.culprits import Search
+from serving_kit.faults import Fault, WorkerDied, WrongNumberOfOutputs, kind
+from serving_kit.memory import Ceiling
+from serving_kit.scheduler import Item, Scheduler
+from serving_kit.settings import Settings
+
+pytestmark = pytest.mark.light
+
+
+# -- who is to blame ----------------------------------------------------------------------------------
+
+
+def search(size: int, culprits: set[int], *, vouched: bool) -> tuple[int, set[int], set[int]]:
+    """Forwards after the first, positions that were answered, culprits that were found."""
+    forwards, answered, found = 0, set[int](), set[int]()
+    looking = Search(size, vouched=vouched)
+    while (part := looking.next()) is not None:
+        forwards += 1
+        assert answered.isdisjoint(part), "nobody runs again after his answer"
+        if culprits.isdisjoint(part):
+            answered.update(part)
+            looking.passed()
+        else:
+            looking.failed(part)
+            if len(part) == 1:
+                found.update(part)
+    return forwards, answered, found
+
+
+def depth(size: int) -> int:
+    return math.ceil(math.log2(size))
+
+
+@given(st.data(), st.integers(1, 300), st.booleans())
+def test_one_culprit_is_found_within_the_bound_and_everybody_else_answered(
+    data: st.DataObject, size: int, vouched: bool
+) -> None:
+    culprit = data.draw(st.integers(0, size - 1))
+    forwards, answered, found = search(size, {culprit}, vouched=vouched)
+    assert forwards <= 2 * depth(size)
+    assert answered == set(range(size)) - {culprit}
+    assert found == ({culprit} if size > 1 else set()), "one alone has been found already"
+
+
+@given(st.integers(2, 200), st.sets(st.integers(0, 199), min_size=1))
+def test_several_culprits_are_all_found_if_the_model_is_known_to_work(size: int, culprits: set[int]) -> None:
+    culprits = {each for each in culprits if each < size} or {size - 1}
+    forwards, answered, found = search(size, culprits, vouched=True)
+    assert (answered, found) == (set(range(size)) - culprits, culprits)
+    assert forwards <= min(2 * depth(size) * len(culprits), 2 * size - 2)
+
+
+@given(st.integers(2, 200), st.sets(st.integers(0, 199), min_size=1))
+def test_few_culprits_are_all_found_though_nobody_vouches(size: int, culprits: set[int]) -> None:
+    culprits = set(sorted(each for each in culprits if each < size)[: depth(size)]) or {0}
+    _, answered, found = search(size, culprits, vouched=False)
+    assert (answered, found) == (set(range(size)) - culprits, culprits)
+
+
+@given(st.integers(2, 5000))
+def test_a_model_that_fails_everything_is_not_asked_for_every_item(size: int) -> None:
+    forwards, answered, _ = search(size, set(range(size)), vouched=False)
+    assert forwards <= 2 * depth(size)
+    assert not answered
+
+
+# -- when to ask --------------------------------------------------------------------------------------
+
+EVENTS = st.lists(
+    st.tuples(st.floats(0, 100), st.sampled_from(["failed", "succeeded", "nothing"])), max_size=60
+)
+
+
+@given(EVENTS)
+def test_the_breaker_opens_after_five_failures_in_a_row_and_never_for_longer_than_a_minute(
+    events: list[tuple[float, str]],
+) -> None:
+    breaker, now, in_a_row, was_open_until = Breaker(), 0.0, 0, -1.0
+    for wait, event in events:
+        now += wait
+        gate = breaker.gate(now)
+        assert breaker.admits(now, 0) == (gate is not Gate.OPEN)
+        assert breaker.admits(now, 1) == (gate is Gate.CLOSED), "on probation one at a time"
+        assert 0 <= breaker.pause(now) <= 60
+        assert (breaker.pause(now) > 0) == (gate is Gate.OPEN)
+        assert bool(breaker.reason) == (gate is not Gate.CLOSED)
+        if event == "succeeded":
+            breaker.succeeded()
+            in_a_row = 0
+            assert breaker.gate(now) is Gate.CLOSED, "an answer closes it"
+        elif event == "failed":
+            breaker.failed(now, "ValueError")
+            if gate is Gate.CLOSED:
+                in_a_row += 1
+                assert breaker.gate(now) is (Gate.OPEN if in_a_row >= 5 else Gate.CLOSED)
+            else:
+                assert breaker.gate(now) is Gate.OPEN
+                if gate is Gate.OPEN:
+                    assert now + breaker.pause(now) == pytest.approx(was_open_until), "no news"
+        if breaker.gate(now) is Gate.OPEN:
+            was_open_until = now + breaker.pause(now)
+
+
+def test_every_failure_on_probation_doubles_the_pause() -> None:
+    breaker, now, pauses = Breaker(), 0.0, []
+    for _ in range(5):
+        breaker.failed(now, "ValueError")
+    for _ in range(6):
+        pauses.append(breaker.pause(now))
+        now += breaker.pause(now)
+        breaker.failed(now, "ValueError")
+    assert pauses == [5, 10, 20, 40, 60, 60]
+    assert breaker.reason == "the model has failed 11 times in a row, last with ValueError"
+
+
+@given(EVENTS)
+def test_a_lost_device_is_lost_whatever_happens_afterwards(events: list[tuple[float, str]]) -> None:
+    breaker, now = Breaker(), 0.0
+    breaker.latch("the device is lost")
+    for wait, event in events:
+        now += wait
+        if event == "succeeded":
+            breaker.succeeded()
+        elif event == "failed":
+            breaker.failed(now, "ValueError")
+        assert breaker.gate(now) is Gate.LATCHED
+        assert not breaker.admits(now, 0)
+        assert breaker.reason == "the device is lost"
+
+
+# -- what fits ----------------------------------------------------------------------------------------
+
+
+def fill(scheduler: Scheduler, lengths: Sequence[int], now: float) -> None:
+    for length in lengths:
+        item = Item(now, now + 1e6, length)
+        assert scheduler.offer([item], now) is None
+        scheduler.ready(item, length, "g")
+
+
+def live_a_day(capacity: int, length: int, seconds: float = 86_400) -> tuple[int, float]:
+    """Batches that broke in a day under full load, and the mean share of the possible size."""
+    scheduler = Scheduler(Settings(max_batch_size=64, group_by_length=False, drop_hopeless=False))
+    broken, shares, now = 0, [], 0.0
+    while now < seconds:
+        fill(scheduler, [length] * (64 - scheduler.queue_depth), now)
+        batch = scheduler.poll(now).batch
+        assert batch is not None
+        scheduler.finished(now, ok=True)
+        if batch.padded_tokens > capacity:
+            broken += 1
+            parts = [batch.padded_tokens]
+            while parts[-1] / 2 > capacity:
+                parts.append(parts[-1] // 2)
+            scheduler.ceiling.broke(length, parts[-1], now)
+        else:
+            shares.append(batch.padded_tokens / capacity)
+        now += 30.0
+    return broken, sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("capacity", [64 * 10 - 1, 33 * 10, 20 * 10, 7 * 10])
+def test_a_day_at_full_load_finds_the_ceiling_a_handful_of_times(capacity: int) -> None:
+    broken, share = live_a_day(capacity, 10)
+    assert 1 <= broken <= 14
+    assert share > 0.6, "and most of the room is used"
+
+
+def test_what_broke_may_be_tried_again_after_a_while_that_doubles() -> None:
+    ceiling = Ceiling()
+    assert ceiling.limit(8, 0.0) == math.inf
+    ceiling.broke(8, 1000, 0.0)
+    assert [ceiling.limit(8, t) for t in (0.0, 150.0, 299.9)] == pytest.approx([500, 750, 1000], abs=1)
+    assert ceiling.limit(8, 300.0) == math.inf
+    assert (ceiling.lowest(0.0), ceiling.lowest(300.0)) == (500, None)
+    ceiling.broke(8, 1000, 310.0)
+    assert ceiling.limit(8, 310.0 + 599) < 1000
+    assert ceiling.limit(8, 310.0 + 600) == math.inf
+
+
+def test_what_long_rows_cannot_have_short_ones_may() -> None:
+    ceiling = Ceiling()
+    ceiling.broke(500, 8000, 0.0)
+    assert ceiling.limit(500, 0.0) == ceiling.limit(5000, 0.0) == 4000
+    assert ceiling.limit(100, 0.0) == math.inf
+    ceiling.broke(10, 2000, 0.0)
+    assert ceiling.limit(500, 0.0) == ceiling.limit(10, 0.0) == 1000
+
+
+@given(
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=60),
+    broken=st.lists(st.tuples(st.integers(1, 600), st.integers(2, 20_000)), max_size=4),
+    by_length=st.booleans(),
+)
+def test_no_batch_exceeds_the_ceiling_and_the_oldest_is_in_it(
+    lengths: list[int], broken: list[tuple[int, int]], by_length: bool
+) -> None:
+    scheduler = Scheduler(Settings(group_by_length=by_length))
+    for timing in [(100, 100, 0.01), (200, 200, 0.02), (400, 400, 0.04)]:
+        scheduler.cost.observe(*timing)
+    for longest, padded in broken:
+        scheduler.ceiling.broke(longest, padded, 0.0)
+    fill(scheduler, lengths, 0.0)
+    oldest = scheduler._queue[0]
+    batch = scheduler.poll(0.0).batch
+    assert batch is not None
+    assert oldest in batch.items
+    longest = max(item.tokens for item in batch.items)
+    assert len(batch.items) == 1 or batch.padded_tokens <= scheduler.ceiling.limit(longest, 0.0)
+
+
+# -- what kind of failure -----------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """As `torch.cuda.OutOfMemoryError` is named."""
+
+
+def raised_from(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("no"), Fault.ERROR),
+        (MemoryError(), Fault.MEMORY),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), Fault.MEMORY),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            Fault.MEMORY,
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 42 bytes."),
+            Fault.MEMORY,
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be..."), Fault.MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), Fault.MEMORY),
+        (raised_from(ValueError("wrapped"), MemoryError()), Fault.MEMORY),
+        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors..."), Fault.DEVICE),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\n..."), Fault.DEVICE),
+        (RuntimeError("HIP error: unspecified launch failure"), Fault.DEVICE),
+        (RuntimeError("CUDA error: invalid configuration argument"), Fault.ERROR),
+        (WrongNumberOfOutputs("2 inputs, 1 outputs"), Fault.OUTPUTS),
+        (raised_from(WorkerDied("dead"), ValueError()), Fault.CRASH),
+        # What a client has written proves nothing.
+        (ValueError("CUDA error: device-side assert triggered"), Fault.ERROR),
+        (RuntimeError("cannot read 'CUDA error: device-side assert triggered'"), Fault.ERROR),
+        (RuntimeError("cannot read 'not enough memory'"), Fault.ERROR),
+    ],
+)
+def test_failures_are_told_apart_by_what_their_libraries_say(error: BaseException, expected: Fault) -> None:
+    assert kind(error) is expected
+
+
+def test_what_torch_really_says_when_the_memory_is_not_there() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert kind(raised.value) is Fault.MEMORY
