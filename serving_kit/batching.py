@@ -69,7 +69,11 @@ class Model(Protocol):
 
     `prepare` raises `InputRejected` for an input that this model cannot take. `forward` gets
     prepared inputs of one group and returns one output for each, in order. `finish` turns one
-    output into what the client gets. Anything else that they raise is a `ModelFailed`.
+    output into what the client gets. Anything else that they raise is a `ModelFailed`, or a
+    `RequestTooLarge` if it is for want of memory.
+
+    A batch on which `forward` has raised is run again in parts, and so is an input that was answered
+    before, to see whether the model still works.
     """
 
     def estimate(self, value: Any) -> int:
