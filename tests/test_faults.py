@@ -765,7 +765,8 @@ def test_a_loop_thread_that_dies_leaves_nobody_waiting_and_the_cell_can_run_agai
             in_the_cell.result(10)
         answer = over_http.exception(10) or over_http.result()
         assert isinstance(answer, httpx.TransportError) or answer.status_code >= 500
-        wait_until(lambda: not server.running)
+        wait_until(lambda: not server._inline.alive)
+        assert not server.running
         model.go_on.set()
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", port), timeout=5)
