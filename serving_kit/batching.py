@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -49,6 +50,7 @@ from serving_kit.settings import Settings
 THREAD_NAME = "serving-kit-model"
 _LOST_DEVICE = "the device is in an error state that only a new process clears: restart the kernel"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
+_TIDY_S = 10.0  # between thorough searches for memory: each stops all threads for a moment
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
 
 
@@ -152,6 +154,7 @@ class Batcher:
     _revival: asyncio.TimerHandle | None = None  # when a dead thread will have a successor
     _unanswered: set[Item] = field(default_factory=set)  # the loop thread's own
     _witness: _Witness | None = None  # the model thread's own
+    _tidied_at: float = -math.inf  # when memory was last looked for thoroughly
     _wake: threading.Condition = field(default_factory=threading.Condition)
 
     # -- the loop thread's side ------------------------------------------------------------------
@@ -287,9 +290,11 @@ class Batcher:
 
     def _out_of_order(self, now: float) -> Unavailable:
         pause = self.breaker.pause(now)
-        return Unavailable(self.breaker.reason, retry_after=pause if pause < float("inf") else None)
+        return Unavailable(self.breaker.reason, retry_after=pause if pause < math.inf else None)
 
     def _spawn(self) -> None:
+        if self._revival is not None and self._thread is not None and self._thread.ident is not None:
+            self._thread.join(_LOOK_AGAIN_S)  # the last microsecond of the one before
         self._revival = None
         self._thread = threading.Thread(target=self._live, name=THREAD_NAME, daemon=True)
         try:
@@ -442,21 +447,20 @@ class Batcher:
     def _answer(self, call: _Call, started: float) -> None:
         """Deliver what a forward has given to items whose batch was `started` then."""
         pairs = list(zip(call.items, call.answers, strict=True))
+        good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
+        if good is not None:
+            seconds = call.ended - call.started
+            if self._witness is None or seconds < self._witness.seconds:
+                self._witness = _Witness(seconds, good.payload.value, good.payload.parameters)
+            if self.breaker.failures:
+                with self._wake:
+                    self.breaker.succeeded()
         self._deliver(
             [(item, _result(answer, started - item.arrived, call.ended - started)) for item, answer in pairs]
         )
-        good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
-        if good is None:
-            bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
-            if bad is not None and self._still_works(bad) is not True:
-                self._suspect(bad)
-            return
-        seconds = call.ended - call.started
-        if self._witness is None or seconds < self._witness.seconds:
-            self._witness = _Witness(seconds, good.payload.value, good.payload.parameters)
-        if self.breaker.reason or self.breaker.failures:
-            with self._wake:
-                self.breaker.succeeded()
+        bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
+        if good is None and bad is not None and self._still_works(bad) is not True:
+            self._suspect(bad)
 
     def _record(self, call: _Call, reason: BatchReason, left_waiting: int) -> None:
         """Tell the world about one forward."""
@@ -502,7 +506,7 @@ class Batcher:
 
         fault = faults.kind(error)
         if fault is Fault.MEMORY:
-            make_room(error, thorough=True)
+            self._make_room(error)
             too_large.append(items)
         halving = fault is Fault.MEMORY and len(items) > 1
         nobody = not any(_is_wanted(item, call.ended) for item in items)
@@ -524,7 +528,7 @@ class Batcher:
                 continue
             error, fault = call.error, faults.kind(call.error)
             if fault is Fault.MEMORY:
-                make_room(error)
+                self._make_room(error)
                 too_large.append(live)
             search.failed(part)
             if len(live) == 1 or fault in (Fault.OUTPUTS, Fault.DEVICE):
@@ -547,6 +551,13 @@ class Batcher:
             least = min(together, key=_padded)
             with self._wake:
                 self.scheduler.ceiling.broke(_longest(least), _padded(least), now)
+
+    def _make_room(self, error: BaseException) -> None:
+        now = self.clock()
+        thorough = now - self._tidied_at > _TIDY_S
+        if thorough:
+            self._tidied_at = now
+        make_room(error, thorough=thorough)
 
     def _still_works(self, error: BaseException) -> bool | None:
         """Whether the model answers what it has answered before; None: it never has.
