@@ -448,19 +448,20 @@ class Batcher:
         """Deliver what a forward has given to items whose batch was `started` then."""
         pairs = list(zip(call.items, call.answers, strict=True))
         good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
-        if good is not None:
-            seconds = call.ended - call.started
-            if self._witness is None or seconds < self._witness.seconds:
-                self._witness = _Witness(seconds, good.payload.value, good.payload.parameters)
-            if self.breaker.failures:
-                with self._wake:
-                    self.breaker.succeeded()
+        if good is not None and (self.breaker.reason or self.breaker.failures):
+            with self._wake:  # before anybody is answered, or he could be refused for what is over
+                self.breaker.succeeded()
         self._deliver(
             [(item, _result(answer, started - item.arrived, call.ended - started)) for item, answer in pairs]
         )
-        bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
-        if good is None and bad is not None and self._still_works(bad) is not True:
-            self._suspect(bad)
+        if good is None:
+            bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
+            if bad is not None and self._still_works(bad) is not True:
+                self._suspect(bad)
+            return
+        seconds = call.ended - call.started
+        if self._witness is None or seconds < self._witness.seconds:
+            self._witness = _Witness(seconds, good.payload.value, good.payload.parameters)
 
     def _record(self, call: _Call, reason: BatchReason, left_waiting: int) -> None:
         """Tell the world about one forward."""
