@@ -283,7 +283,7 @@ class Soak:
         if status == 200 and json.loads(body) != expected:
             self.problems.append(f"expected {expected!r}, got {body[:200]!r}")
         if status == 503 and b"unavailable" in body:
-            await asyncio.sleep(0.2)  # as Retry-After asks, but sooner
+            await asyncio.sleep(1)  # as Retry-After asks, but sooner
 
     async def _send_garbage(self) -> None:
         request, due = self.dice.choice(BAD_BODIES)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -49,6 +50,7 @@ from serving_kit.settings import Settings
 THREAD_NAME = "serving-kit-model"
 _LOST_DEVICE = "the device is in an error state that only a new process clears: restart the kernel"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
+_TIDY_S = 10.0  # between thorough searches for memory: each stops all threads for a moment
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
 
 
@@ -69,7 +71,11 @@ class Model(Protocol):
 
     `prepare` raises `InputRejected` for an input that this model cannot take. `forward` gets
     prepared inputs of one group and returns one output for each, in order. `finish` turns one
-    output into what the client gets. Anything else that they raise is a `ModelFailed`.
+    output into what the client gets. Anything else that they raise is a `ModelFailed`, or a
+    `RequestTooLarge` if it is for want of memory.
+
+    A batch on which `forward` has raised is run again in parts, and so is an input that was answered
+    before, to see whether the model still works.
     """
 
     def estimate(self, value: Any) -> int:
@@ -147,6 +153,7 @@ class Batcher:
     _revival: asyncio.TimerHandle | None = None  # when a dead thread will have a successor
     _unanswered: set[Item] = field(default_factory=set)  # the loop thread's own
     _witness: _Witness | None = None  # the model thread's own
+    _tidied_at: float = -math.inf  # when memory was last looked for thoroughly
     _wake: threading.Condition = field(default_factory=threading.Condition)
 
     # -- the loop thread's side ------------------------------------------------------------------
@@ -282,9 +289,11 @@ class Batcher:
 
     def _out_of_order(self, now: float) -> Unavailable:
         pause = self.breaker.pause(now)
-        return Unavailable(self.breaker.reason, retry_after=pause if pause < float("inf") else None)
+        return Unavailable(self.breaker.reason, retry_after=pause if pause < math.inf else None)
 
     def _spawn(self) -> None:
+        if self._revival is not None and self._thread is not None and self._thread.ident is not None:
+            self._thread.join(_LOOK_AGAIN_S)  # the last microsecond of the one before
         self._revival = None
         self._thread = threading.Thread(target=self._live, name=THREAD_NAME, daemon=True)
         try:
@@ -497,7 +506,7 @@ class Batcher:
 
         fault = faults.kind(error)
         if fault is Fault.MEMORY:
-            make_room(error, thorough=True)
+            self._make_room(error)
             too_large.append(items)
         halving = fault is Fault.MEMORY and len(items) > 1
         nobody = not any(_is_wanted(item, call.ended) for item in items)
@@ -519,7 +528,7 @@ class Batcher:
                 continue
             error, fault = call.error, faults.kind(call.error)
             if fault is Fault.MEMORY:
-                make_room(error)
+                self._make_room(error)
                 too_large.append(live)
             search.failed(part)
             if len(live) == 1 or fault in (Fault.OUTPUTS, Fault.DEVICE):
@@ -542,6 +551,13 @@ class Batcher:
             least = min(together, key=_padded)
             with self._wake:
                 self.scheduler.ceiling.broke(_longest(least), _padded(least), now)
+
+    def _make_room(self, error: BaseException) -> None:
+        now = self.clock()
+        thorough = now - self._tidied_at > _TIDY_S
+        if thorough:
+            self._tidied_at = now
+        make_room(error, thorough=thorough)
 
     def _still_works(self, error: BaseException) -> bool | None:
         """Whether the model answers what it has answered before; None: it never has.

@@ -2,7 +2,7 @@
 
     ServingError
     ├── MalformedRequest    the request cannot be read                     (its sender must change it)
-    │   ├── RequestTooLarge     more bytes, items or nesting than allowed
+    │   ├── RequestTooLarge     more bytes, items, nesting or memory than there may be
     │   └── SlowRequest         the body did not arrive in time
     ├── InputRejected       readable, but this model cannot take this input
     ├── Overloaded          refused at the door or dropped while waiting   (try again later)

@@ -212,7 +212,8 @@ def serve(
 
     Args:
         model: None for the bundled demo model; a Hub id or folder, as `pipeline(model=...)` takes it;
-            a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function.
+            a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function, which
+            is called again with parts of a list on which it has raised.
         task: As for `transformers.pipeline`; None lets it find out.
         port: Port; if another program has it, the next free one is taken and named. 0: any.
         host: Address to listen on. The default is reachable from this machine only; on any other, every

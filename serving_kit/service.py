@@ -208,9 +208,10 @@ class Service:
 
         Raises:
             MalformedRequest: parameters or values that this task does not take.
-            RequestTooLarge: more values than the queue can hold.
+            RequestTooLarge: more values than the queue can hold, or one that does not fit into memory.
             InputRejected: the model cannot take a value; the text says which of several.
             Overloaded: refused at the door, or dropped while waiting.
+            Unavailable: the server is stopping, or the model is broken.
             DeadlineExceeded: the ticket's deadline passed, also while the forward runs.
             ModelFailed: the model raised.
         """

@@ -44,7 +44,7 @@ from serving_kit.records import BatchReason
 from serving_kit.scheduler import State
 from serving_kit.service import Service
 from serving_kit.settings import Settings
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, run_script
 from tests.conftest import until as wait_until
 from tests.test_batching import PATIENCE, Bench, busy, drive, result, until
 
@@ -378,6 +378,39 @@ def test_what_a_failed_forward_held_is_given_back_before_the_next_one() -> None:
     drive(test)
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("torch") is None, reason="asks Linux and torch"
+)
+def test_torch_on_a_machine_without_the_memory_answers_everybody_and_remembers() -> None:
+    """A real allocator that gives no more than 1 GB; an input takes 192 MB."""
+    run_script(
+        """
+        import pathlib, resource, time, torch
+        import serving_kit
+
+        def model(texts):
+            torch.zeros(len(texts), 192, 2**18)
+            return [text.upper() for text in texts]
+
+        with serving_kit.serve(model, port=0, max_batch_size=16) as server:
+            server("warm")
+            used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
+            assert server(["a"] * 16) == ["A"] * 16
+            deadline = time.monotonic() + 10
+            while server.stats()["in_flight"] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            stats = server.stats()
+            assert stats["faults"]["out_of_memory"] == 1, stats["faults"]
+            assert stats["cost"]["memory_limit_tokens"] == 4, stats["cost"]
+            assert server(["b"] * 16) == ["B"] * 16
+            assert server.stats()["faults"] == stats["faults"], "it is not found out again"
+            assert server.stats()["state"] == "ready"
+        """,
+        timeout=60,
+    )
+
+
 # -- our own code dies --------------------------------------------------------------------------------
 
 
@@ -484,6 +517,7 @@ def live_with(assassin: Assassin) -> None:
 
 def test_the_model_thread_may_die_at_any_line_and_nobody_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(batching, "make_room", lambda *args, **more: None)  # 0.1 s in a large process
     scout = Assassin()
     live_with(scout)
     assert len(scout.passed) > 150
@@ -567,6 +601,27 @@ def test_the_loop_threads_side_may_raise_at_any_line_and_nobody_hangs() -> None:
         assert murders > 0.9 * len(scout.passed)
     finally:
         sys.settrace(before)
+
+
+def test_a_thread_that_the_system_will_not_give_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_NO_THREAD_S", 0.01)
+    start, refusals = threading.Thread.start, 3
+
+    def stingy(thread: threading.Thread) -> None:
+        nonlocal refusals
+        if thread.name == batching.THREAD_NAME and refusals:
+            refusals -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", stingy)
+
+    async def test(bench: Bench) -> None:
+        assert "is being started again" in bench.batcher.trouble()
+        await until(lambda: bench.batcher.alive)
+        assert [r.value for r in await bench.ask("a")] == ["A"]
+
+    assert "can't start new thread" in repr(drive(test).errors[0][1].__cause__)
 
 
 # -- the same over HTTP -------------------------------------------------------------------------------
@@ -711,7 +766,8 @@ def test_a_loop_thread_that_dies_leaves_nobody_waiting_and_the_cell_can_run_agai
             in_the_cell.result(10)
         answer = over_http.exception(10) or over_http.result()
         assert isinstance(answer, httpx.TransportError) or answer.status_code >= 500
-        wait_until(lambda: not server.running)
+        wait_until(lambda: not server._inline.alive)
+        assert not server.running
         model.go_on.set()
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", port), timeout=5)
