@@ -29,6 +29,7 @@ from tests.tiny import tiny
 
 Serve = Callable[..., Any]
 EYES = ["image-classification", "image-feature-extraction", "object-detection"]
+EARS = ["audio-classification", "automatic-speech-recognition"]
 PICTURE = Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3))
 
 
@@ -82,8 +83,9 @@ def test_a_cell_may_pass_an_image_itself(serve: Serve) -> None:
     assert plain(serve(pipe)(PICTURE, top_k=1)) == plain(pipe(PICTURE, top_k=1))
 
 
-def test_sound_comes_as_wav(serve: Serve) -> None:
-    pipe = tiny("audio-classification")
+@pytest.mark.parametrize("task", EARS)
+def test_sound_comes_as_wav(serve: Serve, task: str) -> None:
+    pipe = tiny(task)
     samples = (np.sin(np.arange(8000) / 7) * 9000).astype("<i2")
     url, want = serve(pipe).url, plain(pipe(samples.astype(np.float32) / 2**15))
     assert httpx.post(url, content=wav(samples)).json() == want
@@ -115,7 +117,7 @@ def fetched() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-@pytest.mark.parametrize("task", [*EYES, "audio-classification"])
+@pytest.mark.parametrize("task", [*EYES, *EARS])
 def test_no_string_is_opened_or_fetched(
     serve: Serve, task: str, tmp_path: Path, fetched: tuple[str, list[str]]
 ) -> None:
