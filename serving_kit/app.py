@@ -155,7 +155,7 @@ class _Predict:
         with service.observe() as ticket:
             ticket.limit(_asked_timeout(headers))
             with _Attention(receive, ticket.deadline - service.clock()) as attention:
-                body = await _read_body(service, headers, receive)
+                body = await _read_body(service, headers, receive, ticket.hold)
                 attention.body_is_here()
                 content_type = headers.get(b"content-type", b"").decode("latin-1")
                 call = formats.decode(body, content_type, service.task)
@@ -179,8 +179,10 @@ async def _encoded(call: formats.Call, answers: list[Any], task: str) -> bytes:
     return b"".join(chunks)
 
 
-async def _read_body(service: Service, headers: Headers, receive: Receive) -> bytes:
-    """The body, within its bound of size, whatever its headers say."""
+async def _read_body(
+    service: Service, headers: Headers, receive: Receive, hold: Callable[[int], None] | None = None
+) -> bytes:
+    """The body, within its bound of size, whatever its headers say; `hold` hears of every chunk."""
     limit = service.max_body_bytes
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise MalformedRequest("compressed bodies are not accepted; send the body as it is")
@@ -198,6 +200,8 @@ async def _read_body(service: Service, headers: Headers, receive: Receive) -> by
         size += len(chunk)
         if size > limit:
             raise RequestTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
+        if hold is not None:
+            hold(len(chunk))
         chunks.append(chunk)
         more = message.get("more_body", False)
     return b"".join(chunks)

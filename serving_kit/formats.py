@@ -7,6 +7,8 @@
     {"inputs": ..., "parameters": {...}}         what `huggingface_hub.InferenceClient` and
                                                  huggingface.js send; the answer has their shape
 
+For a task that takes images or sound, the text is a file's bytes, and inputs are base64 (`media.py`).
+
 A list of inputs is several items; the answer is a list in the same order.
 
 Not here: which parameters exist (`tasks.py`), HTTP (`app.py`).
@@ -15,6 +17,7 @@ Not here: which parameters exist (`tasks.py`), HTTP (`app.py`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -22,6 +25,7 @@ from typing import Any, NoReturn
 import orjson
 
 from serving_kit.errors import MalformedRequest, ModelFailed
+from serving_kit.tasks import TASKS
 
 _DEEPEST = 32
 # Members that clients send beside inputs and parameters, and that change nothing here.
@@ -48,12 +52,15 @@ def decode(body: bytes, content_type: str, task: str) -> Call:
         raise MalformedRequest('the body is empty; send a text, or {"inputs": ...} as JSON')
     kind = content_type.partition(";")[0].strip().lower()
     is_json = kind == "application/json" or kind.endswith("+json")
+    media = task in TASKS and TASKS[task].media is not None
     if is_json:
         document = parse_json(body)
+    elif media and not body.startswith(b"{"):  # no image or sound begins like that
+        return Call([body], {})
     else:
         document = _decode_text(body)
         if document.lstrip().startswith("{"):  # curl -d '{"inputs": ...}' says it is a form
-            document = _json_with_inputs(body) or document
+            document = _json_with_inputs(document, body) or document
     if isinstance(document, dict) and "inputs" in document:
         return _widget_call(document, task)
     if isinstance(document, str):
@@ -71,7 +78,10 @@ def parse_json(body: bytes) -> Any:
     """
     try:
         document = json.loads(
-            _decode_text(body), parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
+            _decode_text(body),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_refuse_duplicates,
         )
     except json.JSONDecodeError as error:
         raise MalformedRequest(
@@ -166,10 +176,10 @@ def _decode_text(body: bytes) -> str:
         raise MalformedRequest(f"the body is not UTF-8 (byte {error.start})") from None
 
 
-def _json_with_inputs(body: bytes) -> dict[str, Any] | None:
+def _json_with_inputs(text: str, body: bytes) -> dict[str, Any] | None:
     """The JSON object in a body that does not say it is JSON; None if it is just a text."""
     try:
-        document = json.loads(body)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if isinstance(document, dict) and "inputs" in document:
@@ -181,6 +191,13 @@ def _json_with_inputs(body: bytes) -> dict[str, Any] | None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise MalformedRequest(f"JSON has no {name}")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise MalformedRequest("the JSON holds a number that is too large")
+    return number
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

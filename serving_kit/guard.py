@@ -204,7 +204,10 @@ def _name(host: bytes) -> str:
 
 
 def _arrived_here(server: tuple[str, int | None] | None) -> bool:
-    return server is not None and (server[1] is None or _is_ours(server[0]))
+    if server is None:
+        return False
+    name, port = server
+    return name.startswith("/") if port is None else _is_ours(name)  # a Unix socket has a path, and no port
 
 
 def _browsers_are_elsewhere() -> bool:

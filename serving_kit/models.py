@@ -15,6 +15,7 @@ Not here: getting a model (`loading.py`), when to run (`batching.py`), which par
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from serving_kit.batching import Prepared
-from serving_kit.errors import InputRejected, MalformedRequest
+from serving_kit.errors import InputRejected, MalformedRequest, StartError
 from serving_kit.fast_linear import use_fast_linear
 from serving_kit.mask_head import MaskHead, mask_head
 from serving_kit.tasks import TASKS, UNKNOWN, Task
@@ -33,6 +34,8 @@ from serving_kit.twin import twin
 # A tokeniser without a limit of its own reports a number like 1e30.
 _NO_LIMIT = 1_000_000
 _WARM_UP_S, _FEWEST_TIMINGS = 0.15, 3
+_MOST_PIECES = 128  # a long text with a stride, or a text with many labels, is a batch of its own
+_MOST_FILLS = 5_000  # each one is the whole text once more: 5,000 of 500 tokens take about a second
 _PARAMETER_SETS = 128  # distinct parameter sets whose resolved form is kept
 
 
@@ -103,6 +106,7 @@ class _Resolved:
     preprocess: Mapping[str, Any]
     forward: Mapping[str, Any]
     postprocess: Mapping[str, Any]
+    new_tokens: int = 0  # that the forward may add to the input's
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,8 @@ class PipelineModel:
             self.pipe = own
         pipe = self.pipe
         self.task = TASKS.get(pipe.task, UNKNOWN)
+        if self.task is UNKNOWN:
+            _refuse_what_opens_files(pipe)
         self.name = self.name or _display_name(pipe)
         self.longest = _longest(pipe)
         self._chunked = isinstance(pipe, base.ChunkPipeline)
@@ -177,7 +183,7 @@ class PipelineModel:
     @property
     def media(self) -> bool:
         """Whether request bodies are images or sound."""
-        return self.task.media
+        return self.task.media is not None
 
     def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for values or parameters that this task does not take."""
@@ -222,6 +228,8 @@ class PipelineModel:
 
     def estimate(self, value: Any) -> int:
         """About four characters make a token."""
+        if self.media:
+            return 1
         return (len(value) if isinstance(value, str) else len(str(value))) // 4 + 2
 
     def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
@@ -234,20 +242,34 @@ class PipelineModel:
         from transformers.pipelines.base import PipelineException
 
         key = _key(parameters)
+        if self.task.media is not None:
+            value = self.task.media(value)
         try:
             resolved = self._resolve(key, parameters)
             given = self.pipe.preprocess(value, **resolved.preprocess)
             chunks = list(given) if self._chunked else [given]
         except PipelineException as error:  # written for the person who sent the input
             raise InputRejected(str(error)) from None
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, ImportError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise InputRejected("the model cannot take this input", detail=detail) from error
+        if len(chunks) > _MOST_PIECES:
+            raise InputRejected(f"the input makes {len(chunks)} pieces; the most is {_MOST_PIECES}")
         tokens = max((_width(chunk) for chunk in chunks), default=0)
         if not tokens:
             raise InputRejected("the model finds nothing in this input")
-        if self.longest is not None and tokens > self.longest:
-            raise InputRejected(f"the text has {tokens} tokens; this model takes {self.longest} at most")
+        new = resolved.new_tokens
+        if self.longest is not None and tokens + new > self.longest:
+            # Past its last position a model crashes, and on a GPU it takes the process with it.
+            more = f" and max_new_tokens is {new}" if new else ""
+            raise InputRejected(
+                f"the text has {tokens} tokens{more}; this model takes {self.longest} at most"
+            )
+        if self.task_name == "fill-mask":
+            masks = int((chunks[0]["input_ids"] == self.pipe.tokenizer.mask_token_id).sum())
+            answers = masks * resolved.postprocess.get("top_k", 5)
+            if answers > _MOST_FILLS:
+                raise InputRejected(f"{masks} masks make {answers} answers; the most is {_MOST_FILLS}")
         tokenised = _Tokenised(chunks, resolved, "top_k" not in parameters, tokens)
         return Prepared(tokenised, tokens * len(chunks), (key, frozenset(chunks[0])))
 
@@ -278,13 +300,16 @@ class PipelineModel:
         """The pipeline's own split of call parameters, on top of those from its construction."""
         if key not in self._resolved:
             pipe = self.pipe
-            preprocess, forward, postprocess = pipe._sanitize_parameters(**parameters)
+            preprocess, forward, postprocess = pipe._sanitize_parameters(**self.task.typed(parameters))
+            forward = {**pipe._forward_params, **forward}
+            new_tokens = _new_tokens(pipe, forward) if pipe.task == "text-generation" else 0
             if len(self._resolved) >= _PARAMETER_SETS:
                 self._resolved.clear()
             self._resolved[key] = _Resolved(
                 {**pipe._preprocess_params, **preprocess},
-                {**pipe._forward_params, **forward},
+                forward,
                 {**pipe._postprocess_params, **postprocess},
+                new_tokens,
             )
         return self._resolved[key]
 
@@ -295,6 +320,32 @@ class PipelineModel:
             return output
         left = self.pipe.tokenizer.padding_side == "left"
         return (features[:, -tokens:] if left else features[:, :tokens],)
+
+
+def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> int:
+    """Tokens that `generate` may add with these parameters.
+
+    Raises:
+        InputRejected: they are fine one by one, but not together; the text is the library's own.
+    """
+    config = copy.deepcopy(getattr(pipe, "generation_config", None) or pipe.model.generation_config)
+    complete = getattr(pipe, "_prepare_generate_kwargs", dict)(dict(parameters))
+    own = complete.pop("generation_config", None)
+    try:
+        config.update(**({} if own is None else own.to_diff_dict()), **complete)
+        config.validate()
+    except ValueError as error:
+        raise InputRejected(str(error).strip().split("\n")[0]) from None
+    return config.max_new_tokens or 0
+
+
+def _refuse_what_opens_files(pipe: Any) -> None:
+    """A pipeline with a processor for images or sound opens the strings that it is given."""
+    if any(getattr(pipe, name, None) is not None for name in ("image_processor", "feature_extractor")):
+        raise StartError(
+            f"{pipe.task} is not served: its pipeline opens the paths and addresses that clients send. Serve "
+            "a function from a list to a list that decodes what it is sent and calls the pipeline"
+        )
 
 
 def _batch_obstacle(pipe: Any) -> str:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving_kit.settings import KNOBS, Knob, Settings
+from serving_kit.tasks import TASKS
 
 _TYPES: Mapping[type, str] = {int: "integer", float: "number", bool: "boolean"}
+_METRICS = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
 _REFUSALS: Mapping[int, str] = {
     400: "The request cannot be read; the text says what is wrong.",
     401: "The bearer token is missing or wrong.",
-    403: "This server was started without a token.",
+    403: "A page from another site, a name that this server does not know, or no token to be had.",
     408: "The body did not arrive in time.",
     413: "The body or its list of inputs exceeds a bound; the text names it.",
     422: "The model cannot take this input, or a setting cannot take this value.",
@@ -47,30 +49,32 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                     "requestBody": {
                         "required": True,
                         "content": {
-                            "text/plain": {"schema": {"type": "string", "minLength": 1}},
+                            **_raw_content(task),
                             "application/json": {"schema": {"$ref": "#/components/schemas/Inputs"}},
                         },
                     },
                     "responses": {
                         "200": _json_answer("What the pipeline returns.", {}),
-                        **_refused(400, 408, 413, 422, 429, 500, 503, 504),
+                        **_refused(400, 401, 403, 408, 413, 422, 429, 500, 503, 504),
                     },
                 },
-                "get": _get("The live panel as a page.", {"text/html": {"schema": {"type": "string"}}}),
+                "get": _get("The live panel as a page.", _text("text/html")),
             },
+            "/panel.js": {"get": _get("The panel's own code.", _text("text/javascript"))},
             "/health": {
                 "get": {
                     **_get("Whether the model can answer.", _object()),
                     "responses": {
                         "200": _json_answer("It can.", {"type": "object"}),
                         "503": _json_answer("It cannot; the reason.", {"type": "object"}),
+                        **_refused(403),
                     },
                 }
             },
             "/live": {"get": _get("Whether the process runs.", _object())},
             "/info": {"get": _get("Model, task, device, version.", _object())},
             "/stats": {"get": _get("Everything that the panel shows.", _object())},
-            "/metrics": {"get": _get("Prometheus metrics.", {"text/plain": {"schema": {"type": "string"}}})},
+            "/metrics": {"get": _get("Prometheus metrics.", _METRICS)},
             "/settings": {
                 "get": _get("The knobs in force.", _settings_content()),
                 "patch": {
@@ -86,7 +90,13 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
             },
         },
         "components": {
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "For changing settings; from another machine also for everything else.",
+                }
+            },
             "schemas": {
                 "Inputs": {
                     "oneOf": [
@@ -139,7 +149,19 @@ def _knob(name: str, knob: Knob) -> dict[str, Any]:
 
 
 def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
+    answer = {"200": {"description": summary, "content": content}, **_refused(401, 403)}
+    return {"summary": summary, "responses": answer}
+
+
+def _raw_content(task: str) -> dict[str, Any]:
+    """What `POST /` takes beside JSON: a text, or for images and sound the bytes of a file."""
+    if task in TASKS and TASKS[task].media is not None:
+        return {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    return {"text/plain": {"schema": {"type": "string", "minLength": 1}}}
+
+
+def _text(kind: str) -> dict[str, Any]:
+    return {kind: {"schema": {"type": "string"}}}
 
 
 def _object() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
     ModelFailed,
+    Overloaded,
     ServingError,
     SettingError,
 )
@@ -41,6 +42,7 @@ _KEPT_CHANGES = 200
 # A forward that runs this much longer than any client would wait is called stuck.
 _STUCK_FACTOR, _STUCK_AT_LEAST_S = 2, 30.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
+_MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
 _TOO_LATE = Result()  # what the alarm puts in place of an answer
 
 
@@ -80,6 +82,18 @@ class Ticket:
     items: int = 0
     queue_wait: float | None = None
     forward: float | None = None
+    held: int = 0  # bytes of its body that have been read
+
+    def hold(self, size: int) -> None:
+        """Note that so many more bytes of the body are in memory, until the request ends.
+
+        Raises:
+            Overloaded: all bodies together would be too much.
+        """
+        if self.service.held + size > max(_MOST_HELD, self.service.max_body_bytes):
+            raise Overloaded("the server is overloaded: it holds too many bytes of requests")
+        self.held += size
+        self.service.held += size
 
     def limit(self, timeout_s: float | None) -> None:
         """Give up after `timeout_s` seconds from arrival: sooner than the server would, never later."""
@@ -93,6 +107,7 @@ class Ticket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         service, outcome = self.service, Outcome.OK
+        service.held -= self.held
         failed: ModelFailed | None = None
         if isinstance(error, ServingError):
             outcome = error.outcome
@@ -146,6 +161,7 @@ class Service:
         self.clock = clock
         self.started_at: float | None = None
         self.stopped = False
+        self.held = 0  # bytes of the bodies of all requests under way
         self.metrics = Metrics()
         self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self.batcher = Batcher(

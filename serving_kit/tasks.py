@@ -10,10 +10,12 @@ Not here: running the task (`models.py`), the shape of the answer for each clien
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from serving_kit import media
 from serving_kit.errors import MalformedRequest
 
 Check = Callable[[Any], str | None]  # None: fine; else what the value must be
@@ -23,16 +25,16 @@ Check = Callable[[Any], str | None]  # None: fine; else what the value must be
 class Task:
     """The contract of one task.
 
-    `parameters` None means that this kit does not know the task and lets the pipeline judge.
+    A parameter that has no row here does not reach the pipeline.
     """
 
-    parameters: Mapping[str, Check] | None = field(default_factory=dict)
+    parameters: Mapping[str, Check] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     inputs: str = "a string"
     takes: tuple[type, ...] = (str,)
     members: tuple[str, ...] = ()  # of an object input: strings, the first of them required
     batches: bool = True  # whether several inputs may share a forward
-    media: bool = False  # whether bodies are images or sound
+    media: Callable[[Any], Any] | None = None  # makes an image or sound of what a client sends
 
     def check_input(self, value: Any) -> None:
         """Raise `MalformedRequest` unless this task takes such a value."""
@@ -45,8 +47,6 @@ class Task:
 
     def check_parameters(self, given: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for the first parameter that is unknown, missing or impossible."""
-        if self.parameters is None:
-            return
         for name, value in given.items():
             check = self.parameters.get(name)
             if check is None:
@@ -59,6 +59,13 @@ class Task:
                 example = f'{{"inputs": ..., "parameters": {{"{name}": ...}}}}'
                 raise MalformedRequest(f"this task needs the parameter {name}: {example}")
 
+    def typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Checked parameters in the types that pipelines want: JSON's 1 is their 1.0."""
+        return {
+            name: float(value) if isinstance(self.parameters[name], number) else value
+            for name, value in given.items()
+        }
+
 
 def whole(low: int, high: int) -> Check:
     """A whole number in a closed range."""
@@ -70,14 +77,18 @@ def whole(low: int, high: int) -> Check:
     return check
 
 
-def number(low: float, high: float) -> Check:
+@dataclass(frozen=True, slots=True)
+class number:
     """A number in a closed range."""
 
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        return None if fits else f"a number from {low:g} to {high:g}"
+    low: float
+    high: float
 
-    return check
+    def __call__(self, value: Any) -> str | None:
+        """None if it is one, else what it must be."""
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = fits and self.low <= value <= self.high
+        return None if fits else f"a number from {self.low:g} to {self.high:g}"
 
 
 def flag(value: Any) -> str | None:
@@ -113,6 +124,18 @@ def texts(most: int, *, or_one: bool = True) -> Check:
         if fits and all(isinstance(each, str) and 0 < len(each) <= 1000 for each in many):
             return None
         return f"a list of 1 to {most} strings of 1 to 1000 characters"
+
+    return check
+
+
+def labels(most: int) -> Check:
+    """A list of strings that are not empty; or one such string, which the pipeline cuts at its commas."""
+    listed = texts(most)
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, str):
+            value = [each for each in value.split(",") if each.strip()]
+        return listed(value)
 
     return check
 
@@ -154,7 +177,7 @@ _GENERATION: Mapping[str, Check] = {
     "max_new_tokens": whole(1, 4096),
     "min_new_tokens": whole(0, 4096),
     "do_sample": flag,
-    "temperature": number(1e-3, 100),
+    "temperature": number(0.01, 100),
     "top_k": whole(0, 1000),
     "top_p": number(1e-6, 1),
     "min_p": number(0, 1),
@@ -168,6 +191,11 @@ _GENERATION: Mapping[str, Check] = {
     "return_full_text": flag,
     "stop_sequence": texts(8),
     "truncation": flag,
+}
+
+_CLASSES: Mapping[str, Check] = {
+    "top_k": optional(whole(1, 1000)),
+    "function_to_apply": choice("sigmoid", "softmax", "none"),
 }
 
 TASKS: Mapping[str, Task] = {
@@ -188,23 +216,28 @@ TASKS: Mapping[str, Task] = {
         {
             "aggregation_strategy": choice("none", "simple", "first", "average", "max"),
             "ignore_labels": texts(1000, or_one=False),
-            "stride": whole(0, 100_000),
+            "stride": whole(0, 128),
         }
     ),
     "zero-shot-classification": Task(
-        {"candidate_labels": texts(100), "hypothesis_template": template, "multi_label": flag},
+        {"candidate_labels": labels(100), "hypothesis_template": template, "multi_label": flag},
         required=("candidate_labels",),
     ),
     "feature-extraction": Task({"truncation": flag, "tokenize_kwargs": options(**_TRUNCATION)}),
     "text-generation": Task(_GENERATION),
     "text-to-audio": Task({}, batches=False),
+    "image-classification": Task(_CLASSES, takes=(object,), batches=False, media=media.image),
+    "image-feature-extraction": Task({"pool": flag}, takes=(object,), batches=False, media=media.image),
+    "object-detection": Task({"threshold": number(0, 1)}, takes=(object,), batches=False, media=media.image),
+    "audio-classification": Task(_CLASSES, takes=(object,), batches=False, media=media.sound),
+    "automatic-speech-recognition": Task(takes=(object,), batches=False, media=media.sound),
 }
 
-# A task that this kit has no row for: its pipeline judges the parameters, and inputs run one by one.
-UNKNOWN = Task(None, inputs="what the pipeline takes", takes=(object,), batches=False)
+# A task that this kit has no row for: inputs run one by one, and without parameters.
+UNKNOWN = Task(inputs="what the pipeline takes", takes=(object,), batches=False)
 
 
 def _short(value: Any) -> str:
-    """A stranger's value, safe to repeat to that stranger."""
-    words = repr(value)
+    """A stranger's value, safe to repeat to that stranger; however large, it takes no time."""
+    words = reprlib.repr(value)
     return words if len(words) <= 60 else f"{words[:57]}..."

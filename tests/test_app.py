@@ -225,6 +225,25 @@ def test_a_request_whose_time_is_up_gets_504_while_the_forward_still_runs(
     assert model.sizes == [1, 1], "the one that waited never ran"
 
 
+def test_bodies_that_are_too_much_together_are_refused_and_forgotten(
+    client: httpx.Client, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_of(client).tune(max_body_bytes=1000)
+    monkeypatch.setattr("serving_kit.service._MOST_HELD", 1500)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/", content="wait")
+        assert model.inside.wait(10)
+        second = pool.submit(client.post, "/", content="a" * 900)
+        until(lambda: server_of(client).stats()["queue_depth"] == 1)
+        refused = client.post("/", content="b" * 900)
+        assert "too many bytes" in problem(refused, 503)["error"]
+        model.gate.set()
+        assert first.result().status_code == second.result().status_code == 200
+    assert client.post("/", content="b" * 900).status_code == 200
+    assert client.post("/", content="").status_code == 400
+    assert server_of(client)._service.held == 0
+
+
 def test_a_client_that_leaves_frees_its_place_at_once(client: httpx.Client, model: Model) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.post, "/", content="wait")

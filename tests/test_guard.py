@@ -1,12 +1,12 @@
 """Who may ask: this machine by its own name, pages from here, and whoever has the token."""
 
+import asyncio
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from starlette.testclient import TestClient
 
 from serving_kit import create_app
 from serving_kit.guard import Access, access
@@ -143,7 +143,7 @@ def test_from_outside_everything_takes_the_token(rule: Access, server: Any) -> N
 def test_without_a_token_only_this_machine_may_ask() -> None:
     assert status(Access(), server=HERE, host="localhost") is None
     assert status(Access(), server=("/run/x.sock", None), host="localhost") is None
-    for server in (OUTSIDE, None, ("testserver", 80)):
+    for server in (OUTSIDE, None, ("testserver", 80), ("testserver", None)):
         assert status(Access(), server=server, host="localhost") == 403
     assert status(Access(), server=HERE, host="evil", authorization="Bearer ") == 403
     assert Access().pass_for(b"token=", HERE) is None
@@ -174,8 +174,9 @@ def outside(serve: Serve) -> Any:
 
 
 def test_on_the_network_the_cell_is_told_once_and_not_the_token(
-    outside: Any, capsys: pytest.CaptureFixture[str]
+    serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    outside = serve(shout, host="0.0.0.0")
     said = capsys.readouterr().out
     assert said.count("Other machines can reach it") == 1
     assert outside.token not in said
@@ -240,18 +241,26 @@ def test_an_allowed_origin_gets_cors_and_nobody_else(serve: Serve) -> None:
     assert "access-control-allow-origin" not in other.headers
 
 
-def test_an_app_without_a_token_answers_this_machine_only_unless_it_is_public() -> None:
-    for app, expected in ((create_app(shout), 403), (create_app(shout, public=True), 200)):
-        with TestClient(app, base_url="http://models.example") as client:
-            assert client.post("/", content="a").status_code == expected
-    with TestClient(create_app(shout), base_url="http://127.0.0.1") as client:
-        assert client.post("/", content="a").status_code == 200
-    with TestClient(create_app(shout, token="t"), base_url="http://models.example") as client:
-        assert client.post("/", content="a").status_code == 401
-        assert client.post("/", content="a", headers={"authorization": "Bearer t"}).status_code == 200
+def posted(app: Any, url: str, root_path: str = "", **headers: str) -> int:
+    """The status of one POST to an app without a server, as if its connection had arrived at that host."""
+
+    async def post() -> int:
+        transport = httpx.ASGITransport(app, root_path=root_path)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            return (await client.post(url, content="a", headers=headers)).status_code
+
+    return asyncio.run(post())
+
+
+def test_an_app_answers_this_machine_only_unless_it_has_a_token_or_is_public() -> None:
+    assert posted(create_app(shout), "http://127.0.0.1:1/") == 200
+    assert posted(create_app(shout), "http://models.example:1/") == 403
+    assert posted(create_app(shout, public=True), "http://models.example:1/") == 200
+    assert posted(create_app(shout, token="t"), "http://models.example:1/") == 401
+    assert posted(create_app(shout, token="t"), "http://models.example:1/", authorization="Bearer t") == 200
 
 
 def test_under_a_prefix_the_rule_is_the_same() -> None:
-    with TestClient(create_app(shout), base_url="http://127.0.0.1", root_path="/model") as client:
-        assert client.post("/model/", content="a").json() == "A"
-        assert client.post("/model/", content="a", headers={"origin": "http://e"}).status_code == 403
+    url = "http://127.0.0.1:1/model/"
+    assert posted(create_app(shout), url, "/model") == 200
+    assert posted(create_app(shout), url, "/model", origin="http://evil.example") == 403

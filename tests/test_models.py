@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("torch")
 
 import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from serving_kit.errors import InputRejected, MalformedRequest, StartError
 from serving_kit.formats import dump_json
@@ -127,6 +129,10 @@ def test_a_text_longer_than_the_model_is_refused_with_both_numbers() -> None:
         ("text-generation", {"max_new_tokens": 10**6}, "from 1 to 4096"),
         ("text-generation", {"tokenizer": "/etc/passwd"}, "unknown parameter"),
         ("feature-extraction", {"return_tensors": True}, "unknown parameter"),
+        ("zero-shot-classification", {"candidate_labels": ["a"] * 10**6}, "a list of 1 to 100 strings"),
+        ("zero-shot-classification", {"candidate_labels": "a," * 101}, "a list of 1 to 100 strings"),
+        ("token-classification", {"stride": 10**6}, "a whole number from 0 to 128"),
+        ("image-classification", {"timeout": 1}, "unknown parameter"),
     ],
 )
 def test_parameters_that_are_unknown_or_could_exhaust_the_machine_are_refused(
@@ -134,6 +140,99 @@ def test_parameters_that_are_unknown_or_could_exhaust_the_machine_are_refused(
 ) -> None:
     with pytest.raises(MalformedRequest, match=complaint):
         PipelineModel(tiny(task)).check(["x"], parameters)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "parameters", "complaint"),
+    [
+        ("fill-mask", "[MASK] " * 100, {"top_k": 1000}, "100 masks make 100000 answers; the most is 5000"),
+        (
+            "token-classification",
+            "house " * 60_000,
+            {"aggregation_strategy": "simple", "stride": 128},
+            r"the input makes 15\d pieces; the most is 128",
+        ),
+        (
+            "text-generation",
+            "a",
+            {"max_new_tokens": 4096},
+            "3 tokens and max_new_tokens is 4096; .* takes 128",
+        ),
+        ("text-generation", "a", {}, "max_new_tokens is 256"),  # the library's default
+        ("text-generation", "a", {"num_beams": 2, "num_return_sequences": 3}, "smaller or equal to"),
+        ("text-generation", "a", {"num_return_sequences": 3, "do_sample": False}, "do not support"),
+    ],
+)
+def test_what_only_text_and_parameters_together_make_too_large_is_refused(
+    task: str, text: str, parameters: dict[str, Any], complaint: str
+) -> None:
+    model = PipelineModel(tiny(task))
+    model.check([text], parameters)
+    with pytest.raises(InputRejected, match=complaint):
+        model.prepare(text, parameters)
+
+
+TRUNCATION = {"truncation": st.booleans(), "max_length": st.sampled_from([1, 2, 3, 10, 128, 10**6])}
+ALLOWED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "fill-mask": {
+        "top_k": st.sampled_from([1, 7, 1000]),
+        "targets": st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=9),
+        "tokenizer_kwargs": st.fixed_dictionaries({}, optional=TRUNCATION),
+    },
+    "text-classification": {
+        "top_k": st.none() | st.sampled_from([1, 1000]),
+        "function_to_apply": st.sampled_from(["sigmoid", "softmax", "none"]),
+        **TRUNCATION,
+    },
+    "token-classification": {
+        "aggregation_strategy": st.sampled_from(["none", "simple", "first", "average", "max"]),
+        "ignore_labels": st.lists(st.sampled_from(["O", "x"]), min_size=1),
+        "stride": st.sampled_from([0, 1, 64, 128]),
+    },
+    "zero-shot-classification": {
+        "hypothesis_template": st.sampled_from(["{}", "a {} b"]),
+        "multi_label": st.booleans(),
+    },
+    "feature-extraction": {"tokenize_kwargs": st.fixed_dictionaries({}, optional=TRUNCATION)},
+    "text-generation": {
+        "max_new_tokens": st.sampled_from([1, 2, 3]),
+        "min_new_tokens": st.sampled_from([0, 2]),
+        "do_sample": st.booleans(),
+        "temperature": st.sampled_from([0.01, 1, 100]),
+        "top_k": st.sampled_from([0, 1, 1000]),
+        "top_p": st.sampled_from([1e-6, 1]),
+        "min_p": st.sampled_from([0, 1]),
+        "typical_p": st.sampled_from([1e-6, 1]),
+        "repetition_penalty": st.sampled_from([0.001, 1, 100]),
+        "length_penalty": st.sampled_from([-100, 0, 100]),
+        "no_repeat_ngram_size": st.sampled_from([0, 1, 100]),
+        "num_beams": st.sampled_from([1, 2, 16]),
+        "num_return_sequences": st.sampled_from([1, 2, 16]),
+        "early_stopping": st.booleans(),
+        "return_full_text": st.booleans(),
+        "truncation": st.booleans(),
+    },
+}
+TEXTS = ["", " ", "\0", "a", "a [MASK].", "[MASK] [SEP] [CLS] [PAD]", "x" * 500, "house " * 60, "\u200b"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the library comments on some combinations
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_parameters_that_are_allowed_never_make_the_model_fail(data: st.DataObject) -> None:
+    task = data.draw(st.sampled_from(TASKS))
+    model = PipelineModel(tiny(task), shortcuts=False)
+    text = data.draw(st.sampled_from(TEXTS) | st.text(max_size=20))
+    given_ = data.draw(st.fixed_dictionaries({}, optional=ALLOWED[task]))
+    # Sampling more beams than there are candidates is a failure of the library's own.
+    assume(given_.get("num_beams", 1) == 1 or given_.get("do_sample") is False)
+    parameters = {**PARAMETERS.get(task, {}), **given_}
+    try:
+        model.check([text], parameters)
+        prepared = model.prepare(text, parameters)
+    except (MalformedRequest, InputRejected):
+        return
+    plain(model.finish(model.forward([prepared])[0], prepared))
 
 
 @pytest.mark.parametrize("value", [1, None, True, ["a"], {"a": 1}, {"text": 1}, {"text_pair": "x"}])

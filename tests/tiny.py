@@ -42,6 +42,10 @@ def tiny(task: str) -> Any:
     from transformers import BertConfig, GPT2Config, pipeline
 
     torch.manual_seed(7)
+    if task in ("image-classification", "image-feature-extraction", "object-detection"):
+        return _tiny_with_eyes(task)
+    if task in ("audio-classification", "automatic-speech-recognition"):
+        return _tiny_with_ears(task)
     words = tokenizer()
     if task == "text-generation":
         config = GPT2Config(
@@ -73,6 +77,68 @@ def tiny(task: str) -> Any:
         "token-classification": transformers.BertForTokenClassification,
     }[task]
     return pipeline(task, model=head(config).eval(), tokenizer=words, device="cpu")
+
+
+def _tiny_with_eyes(task: str) -> Any:
+    import transformers
+
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": [32, 32] if task == "object-detection" else 32,
+        "patch_size": 16,
+        "id2label": {0: "cat", 1: "dog"},
+        "label2id": {"cat": 0, "dog": 1},
+    }
+    model: Any
+    if task == "object-detection":
+        model = transformers.YolosForObjectDetection(transformers.YolosConfig(**size, num_detection_tokens=4))
+        eyes = transformers.YolosImageProcessor(size={"height": 32, "width": 32})
+    else:
+        head = {
+            "image-classification": transformers.ViTForImageClassification,
+            "image-feature-extraction": transformers.ViTModel,
+        }[task]
+        model = head(transformers.ViTConfig(**size))
+        eyes = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    return transformers.pipeline(task, model=model.eval(), image_processor=eyes, device="cpu")
+
+
+def _tiny_with_ears(task: str) -> Any:
+    import json
+    import tempfile
+
+    import transformers
+
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(16, 16),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=8,
+        id2label={0: "yes", 1: "no"},
+        label2id={"yes": 0, "no": 1},
+    )
+    ears = transformers.Wav2Vec2FeatureExtractor()
+    if task == "audio-classification":
+        model = transformers.Wav2Vec2ForSequenceClassification(config).eval()
+        return transformers.pipeline(task, model=model, feature_extractor=ears, device="cpu")
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({word: number for number, word in enumerate(["<pad>", "<unk>", "|", *"etaoinsh"])}, file)
+        file.flush()
+        letters = transformers.Wav2Vec2CTCTokenizer(file.name, bos_token=None, eos_token=None)
+    config.vocab_size = len(letters)
+    speech = transformers.Wav2Vec2ForCTC(config).eval()
+    return transformers.pipeline(
+        task, model=speech, tokenizer=letters, feature_extractor=ears, decoder=None, device="cpu"
+    )
 
 
 def example(task: str, words: int) -> str:
