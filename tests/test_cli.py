@@ -103,6 +103,24 @@ def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
     assert "Traceback" not in said
 
 
+def test_on_the_network_the_command_wants_its_token_and_says_how_a_browser_gets_in() -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "serving_kit.cli", "serve", "--host", "0.0.0.0", "--port", str(port)]
+    environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: answers(url), timeout=60)
+        assert httpx.get(f"{url}/stats").status_code == 401
+        with httpx.Client(follow_redirects=True) as browser:
+            assert browser.get(f"{url}/?token=a-token").status_code == 200
+        status, said = ended(process)
+    assert status in (0, -signal.SIGTERM)
+    assert "/?token=a-token" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.light
 def test_an_app_of_four_lines_runs_under_uvicorn(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(

@@ -227,6 +227,15 @@ def test_a_drive_by_post_never_reaches_the_model(serve: Serve) -> None:
     assert sum(server.stats()["requests"].values()) == 0
 
 
+def test_running_the_cell_again_with_other_rules_applies_them_and_keeps_the_token(serve: Serve) -> None:
+    first = serve(shout)
+    token, ask = first.token, {"host": "models.example"}
+    assert httpx.post(first.url, content="a", headers=ask).status_code == 403
+    second = serve(shout, allowed_hosts=["models.example"])
+    assert (second.url, second.token) == (first.url, token)
+    assert httpx.post(second.url, content="a", headers=ask).json() == "A"
+
+
 def test_an_allowed_origin_gets_cors_and_nobody_else(serve: Serve) -> None:
     origin = "https://app.example"
     server = serve(shout, allowed_origins=[origin])
