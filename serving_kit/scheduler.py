@@ -385,6 +385,8 @@ def group_by_length(items: Sequence[Item], most: int, budget: int, a: float, b: 
     if b <= 0:
         return fifo_prefix(items, most, budget)
     by_length = sorted(items, key=_tokens)  # stable: equal lengths stay in order of arrival
+    if by_length[0].tokens == by_length[-1].tokens:
+        return fifo_prefix(items, most, budget)  # the fuller, the cheaper
     cuts = cheapest_cuts([item.tokens for item in by_length], most, budget, a, b)
     anchor = by_length.index(items[0])
     end = len(by_length)
