@@ -17,6 +17,7 @@ import uvicorn
 
 from serving_kit import __version__
 from serving_kit.app import build_app
+from serving_kit.connection import Connection
 from serving_kit.errors import SettingError, StartError
 from serving_kit.guard import access, is_loopback
 from serving_kit.inline_server import bind
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"in a browser: {url}/?token={token}", flush=True)
     rule = access(token, options.host, allowed_hosts=options.allow_host, allowed_origins=options.allow_origin)
     app = build_app(service, access=rule)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, http=Connection, timeout_graceful_shutdown=10
+    )
     _Server(config, service).run(sockets=[sock])
     return 0
 

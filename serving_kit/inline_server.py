@@ -35,6 +35,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving_kit import process_guard
+from serving_kit.connection import Connection
 from serving_kit.errors import StartError
 
 THREAD_NAME = "serving-kit-http"
@@ -259,6 +260,7 @@ class InlineServer:
         config = uvicorn.Config(
             self._dispatch,
             interface="asgi3",
+            http=Connection,
             proxy_headers=False,
             loop="asyncio",  # uvloop keeps copies of the socket that a forked child cannot close
             log_config=None,  # the default closes every logging handler of the process
