@@ -72,7 +72,7 @@ _LONGEST_RETRY_S = 30  # clients give up above 120; a queue that long is better 
 _PROCESS = secrets.token_hex(4)
 _numbers = itertools.count(1)
 _PAGE = Path(__file__).parent / "panel.html"
-_SCRIPT = Path(__file__).parent / "panel.js"
+_SCRIPTS = [Path(__file__).parent / name for name in ("charts.js", "panel.js")]  # one module
 
 
 def build_app(
@@ -215,7 +215,8 @@ async def page(request: Request) -> Response:
 
 async def script(request: Request) -> Response:
     """GET /panel.js: the panel's own code, the same that the notebook runs."""
-    return Response(_SCRIPT.read_text(encoding="utf-8"), media_type="text/javascript")
+    text = "".join(path.read_text(encoding="utf-8") for path in _SCRIPTS)
+    return Response(text, media_type="text/javascript")
 
 
 async def health(request: Request) -> Response:
