@@ -37,12 +37,13 @@ function isDark(node) {
 
 // -- the charts: what each says (keys: class, label, value of one second), and how it is drawn --
 
+const limit = (name) => ["limit", "limit", (p, settings) => count(settings[name])];
 const percentile = (name) => [name, name, (p) => number(p.latency_ms[name]), (p) => p.samples < LEAST[name]];
 const batches = (p) => sum(Object.values(p.reasons));
 const CHARTS = [
   {
     name: "Queue, items", cap: "max_queue_size", knobs: /queue|drop/, least: 4, most: (p) => p.in_flight,
-    keys: [["wait", "waiting", (p) => count(p.queue_depth)], ["soft", "in flight", (p) => count(p.in_flight)]],
+    keys: [["wait", "waiting", (p) => count(p.queue_depth)], ["soft", "in flight", (p) => count(p.in_flight)], limit("max_queue_size")],
     draw({ line }) {
       line((p) => p.in_flight, "soft", { step: 1 });
       line((p) => p.queue_depth, "wait", { step: 1, fill: 0.18 });
@@ -50,7 +51,7 @@ const CHARTS = [
   },
   {
     name: "Batches, items", cap: "max_batch_size", knobs: /batch|wait|group/, least: 4, tall: 1, most: (p) => Math.max(0, ...Object.keys(p.sizes)),
-    keys: [["work", "mean", (p) => number(batches(p) ? p.mean : null)], ["soft", "padding", (p) => (p.padding == null ? "–" : `${Math.round(p.padding * 100)} %`)]],
+    keys: [["work", "mean", (p) => number(batches(p) ? p.mean : null)], ["soft", "padding", (p) => (p.padding == null ? "–" : `${Math.round(p.padding * 100)} %`)], limit("max_batch_size")],
     // A column for each second, a cell for each size, the stronger the more batches had it. Below, why
     // they were sent.
     draw({ g, x, y, ink, base, points }) {
@@ -73,7 +74,7 @@ const CHARTS = [
     },
   },
   {
-    name: "Latency, ms", cap: "timeout_ms", knobs: /timeout/, least: 1, most: (p) => p.latency_ms.p99, keys: ["p50", "p95", "p99"].map(percentile),
+    name: "Latency, ms", cap: "timeout_ms", knobs: /timeout/, least: 1, most: (p) => p.latency_ms.p99, keys: [...["p50", "p95", "p99"].map(percentile), limit("timeout_ms")],
     draw({ line }) {
       for (const name of ["p99", "p95", "p50"]) {
         line((p) => p.latency_ms[name], (p) => (p.samples < LEAST[name] ? "faint" : name), { width: name === "p50" ? 2 : 1.5 });
@@ -162,7 +163,9 @@ function plot({ canvas, cap: limit, knobs: own, least, most, tall, draw: body },
   };
   body({ g, x, y, ink, base, points, line: curve });
   g.restore();
-  if (cap && cap <= top) rule(LEFT, y(cap), wide, y(cap), ink.shed, [4, 3]);
+  // The limit since it is in force; what it was before is not known.
+  const moved = marks.findLast((mark) => limit in mark.moved);
+  if (cap && cap <= top) rule(Math.max(LEFT, moved ? x(moved.second) : 0), y(cap), wide, y(cap), ink.limit, [4, 3]);
   // Where a knob was moved: a line in every chart, words in the one that the knob is about.
   let free = wide;
   for (const { second, moved } of [...marks].reverse()) {
@@ -216,7 +219,7 @@ function makeCharts() {
     for (const chart of charts) {
       plot(chart, view);
       chart.keys.forEach(([, , value, few], i) => {
-        put(chart.values[i][1], value(chosen));
+        put(chart.values[i][1], value(chosen, snapshot.settings));
         chart.values[i][1].className = few?.(chosen) ? "few" : "";
       });
       chart.canvas.setAttribute("aria-label", `${chart.name}: ${chart.values.map(([key, value]) => `${key.textContent} ${value.textContent}`).join(", ")}`);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import secrets
 import socket
@@ -54,6 +55,7 @@ class Server:
         self._service = service
         self._inline = inline
         self._replaced = False
+        self._successor_since: float | None = None  # since when a newer run loads its model
         self._panel: Any = None
         self._model_code: list[str] = []  # how serve() was called, for `as_code`
         self._named: dict[str, Any] = {}
@@ -116,6 +118,9 @@ class Server:
         snapshot = self._service.snapshot(series)
         if self._replaced:
             snapshot["reason"] = "replaced by a newer run of serve()"
+        elif self._successor_since is not None:
+            waited = time.monotonic() - self._successor_since
+            snapshot["reason"] = f"a newer run is loading its model, for {waited:.0f} s"
         return {**snapshot, "url": self.url}
 
     def history(self) -> Any:
@@ -259,13 +264,18 @@ def serve(
     settings = Settings(**knobs)
 
     def load() -> Service:
-        loaded = load_model(
-            model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
-        )
+        if old is not None:
+            old._successor_since = time.monotonic()
         try:
+            loaded = load_model(
+                model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
+            )
             return Service(loaded, settings, name=name)
         except SettingError as error:
             raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
+        finally:
+            if old is not None:
+                old._successor_since = None
 
     with _lock:
         old = _servers.get(name)
@@ -280,22 +290,11 @@ def serve(
             except BaseException:
                 sock.close()
                 raise
-    server._model_code, server._named = (
-        _as_called(model),
-        {
-            key: value
-            for key, value, default in (
-                ("task", task, None),
-                ("port", port, 8000),
-                ("host", host, "127.0.0.1"),
-                ("name", name, "default"),
-                ("device", device, None),
-                ("pipeline_kwargs", pipeline_kwargs, None),
-                ("shortcuts", shortcuts, True),
-            )
-            if value != default
-        },
-    )
+    given = {"task": task, "port": port, "host": host, "name": name, "device": device}
+    given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts}
+    usual = inspect.signature(serve).parameters
+    server._model_code = _as_called(model)
+    server._named = {key: value for key, value in given.items() if value != usual[key].default}
     return server
 
 

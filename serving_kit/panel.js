@@ -129,8 +129,10 @@ export function mount(element, { knobs, tune = null, unlock = null, errors = nul
     if (!failures.open || !errors || told === snapshot?.errors) return;
     told = snapshot.errors;
     troubles.replaceChildren(...(await errors()).map(({ id, wall, outcome, error, traceback }) => {
+      const known = [...troubles.children].find((node) => node.dataset.id === id);
+      if (known) return known; // maybe unfolded
       const lines = traceback.trimEnd().split("\n").map((text) => el("span", { class: /^  File /.test(text) ? "file" : /^\S/.test(text) ? "last" : "" }, `${text}\n`));
-      return el("details", {}, el("summary", {}, el("code", {}, id), ` ${new Date(wall * 1000).toLocaleTimeString("en-GB")} ${outcome}: ${error}`), el("pre", {}, ...lines));
+      return el("details", { "data-id": id }, el("summary", {}, el("code", {}, id), ` ${new Date(wall * 1000).toLocaleTimeString("en-GB")} ${outcome}: ${error}`), el("pre", {}, ...lines));
     }));
   }
   failures.ontoggle = list;
@@ -180,7 +182,7 @@ export function mount(element, { knobs, tune = null, unlock = null, errors = nul
   }
 
   const root = el("section", { class: "sk", "aria-label": "Live server panel" }, el("div", { class: "all" },
-    el("header", {}, title, meta, state, line), el("div", { class: "tiles" }, ...strip), el("div", { class: "body" }, charts.node, el("div", { class: "side" }, set, failures, cost))));
+    el("header", {}, title, meta, state, line), el("div", { class: "tiles" }, ...strip), el("div", { class: "body" }, charts.node, set), failures, cost));
   // Else JupyterLab takes arrow keys for the notebook. It looks at what has the focus.
   for (const node of root.querySelectorAll("input, button, code, select, summary, a, [tabindex]")) node.setAttribute("data-lm-suppress-shortcuts", "");
   element.append(root);
@@ -228,7 +230,7 @@ export function mount(element, { knobs, tune = null, unlock = null, errors = nul
       refresh();
     },
     connected(yes) { alive = yes; refresh(); },
-    token(text) { if (!line.querySelector(".token")) line.querySelector("button").after(Object.assign(copyButton("Copy token", () => text), { className: "token" })); },
+    token(text) { if (text && !line.querySelector(".token")) line.querySelector("button").after(Object.assign(copyButton("Copy token", () => text), { className: "token" })); },
     destroy() {
       resized.disconnect();
       seen.disconnect();
@@ -256,7 +258,7 @@ async function render({ model, el: element }) {
     knobs: model.get("knobs"),
     tune: async (knobs) => (await send({ kind: "tune", knobs })).settings,
     errors: async () => (await send({ kind: "errors" })).errors,
-    look: (view, seen) => { if (controls.comm_live !== false) send({ kind: "seen", view, seen }); },
+    look: (view, seen) => { if (controls.comm_live !== false) send({ kind: "seen", view, seen }).catch(() => {}); },
   });
   // The static card before it is for when nothing is live: see panel.py. So is the error in its place.
   const card = `[data-serving-kit="${name}"]`;

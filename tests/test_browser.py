@@ -66,9 +66,41 @@ clients = [threading.Thread(target=client, daemon=True) for _ in range(12)]
 for each in clients:
     each.start()
 """
+OVERLOAD = """
+def reverse(texts):
+    time.sleep(0.012 + 0.003 * len(texts))
+    if random.random() < 0.01:
+        raise LookupError("deep inside the model")
+    return [text[::-1] for text in texts]
+
+server = serving_kit.serve(reverse, port=0, name="overload", max_batch_size=16)
+rate = 6
+
+def one_of_many():
+    while going.is_set():
+        try:
+            server("test")
+        except Exception:
+            time.sleep(0.05)
+        time.sleep(random.expovariate(rate))
+
+crowd = [threading.Thread(target=one_of_many, daemon=True) for _ in range(60)]
+for each in crowd[:16]:
+    each.start()
+"""
+WORSE = """
+time.sleep(12)
+server.tune(max_batch_size=4)
+time.sleep(5)
+server.tune(max_queue_size=12)
+for each in crowd[16:]:
+    each.start()
+time.sleep(7)
+"""
 NOTEBOOKS = {
     "panel": [SERVE, "server", "time.sleep(6)", "going.clear(); server.stop()", "server"],
     # To be run all at once: the panel is followed by cells that keep the kernel busy from its first moment.
+    "overload": [f"{SERVE}\nserver.stop()\n{OVERLOAD}", "server", WORSE, "going.clear()"],
     "all": [SERVE, "server", "time.sleep(10)", "import asyncio\nawait asyncio.sleep(8)"],
 }
 
@@ -353,6 +385,91 @@ def test_run_all_with_a_busy_kernel_from_the_first_moment_and_then_no_kernel(lab
         assert int(re.search(r"answered([\d,]+)", card.text_content())[1].replace(",", "")) > 20
         assert not page.get_by_text("Error displaying widget").is_visible()
         cell(page, 1).screenshot(path=PICTURES / "lab-no-kernel.png")
+
+
+def test_overload_and_errors_are_seen(lab):
+    frames = []
+
+    def hear(data):
+        if isinstance(data, bytes) and b'"buffer_paths"' in data:
+            frames.append(data)
+
+    def listen(socket):
+        socket.on("framereceived", hear)
+
+    with chromium() as page:
+        page.on("websocket", listen)
+        page.goto(f"{lab}/lab/tree/overload.ipynb?reset")
+        cell(page, 3).wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        command(page, "application:toggle-left-area")
+        run_first_cell(page)
+        has_run(page, 0, 1)
+        run_cell(page, 1)
+        panel = page.locator(".sk").first
+        panel.wait_for()
+        state = panel.locator(".state")
+        assert state.text_content() == "● ready"
+        run_cell(page, 2)
+        assert until(page, lambda: state.text_content() == "● overloaded", seconds=30)
+        assert until(page, lambda: read(panel, "shed") > 100)
+        page.wait_for_timeout(3500)
+        panel.screenshot(path=PICTURES / "lab-overload.png")
+        if os.environ.get("UPDATE_PICTURES") == "1":
+            shutil.copy(PICTURES / "lab-overload.png", REPOSITORY / "docs" / "panel.png")
+        assert read(panel, "p99 ms") > 0
+        assert panel.get_by_text(re.compile("This panel costs .* ms and .* kB per second")).count() == 1
+
+        # Every chart tells one second: the newest, or the one under the cursor.
+        requests = panel.get_by_role("img", name="Requests per second: ")
+
+        def arrivals():
+            return int(re.search(r"in ([\d,]+)", requests.get_attribute("aria-label"))[1].replace(",", ""))
+
+        assert arrivals() > 50
+        box = requests.bounding_box()
+        page.mouse.move(box["x"] + 45, box["y"] + 20)
+        assert until(page, lambda: arrivals() == 0)
+        page.mouse.move(5, 5)
+        assert until(page, lambda: arrivals() > 50)
+        charts = panel.get_by_role("group", name="The last two minutes")
+        charts.focus()
+        for _ in range(28):
+            page.keyboard.press("ArrowLeft")
+        assert until(page, lambda: arrivals() < 50)
+        page.keyboard.press("Escape")
+        assert until(page, lambda: arrivals() > 50)
+
+        # What failed, with its traceback, and nothing printed into a cell.
+        failures = panel.locator(".errors > summary")
+        assert "last incident" in failures.text_content()
+        failures.click()
+        panel.locator(".errors details summary").first.click()
+        trace = panel.locator("pre").first
+        assert "LookupError: deep inside the model" in trace.text_content()
+        assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
+        panel.get_by_text("4 more").click()
+        page.set_viewport_size({"width": 1280, "height": 1700})
+        command(page, "apputils:change-theme", "{theme: 'JupyterLab Dark'}")
+        assert until(page, lambda: panel.evaluate("node => getComputedStyle(node).colorScheme") == "dark")
+        page.wait_for_timeout(300)
+        panel.screenshot(path=PICTURES / "lab-overload-dark.png")
+        command(page, "apputils:change-theme", "{theme: 'JupyterLab Light'}")
+
+        # Out of sight nothing is sent; back in sight it comes at once.
+        page.set_viewport_size({"width": 1280, "height": 600})
+        cell(page, 0).scroll_into_view_if_needed()
+        page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+        page.wait_for_timeout(4000)
+        frames.clear()
+        page.wait_for_timeout(1500)
+        assert frames == []
+        panel.scroll_into_view_if_needed()
+        assert until(page, lambda: len(frames) > 2, seconds=3)
+        run_cell(page, 3)
+        has_run(page, 3, 4)
+        command(page, "docmanager:save")
+        page.wait_for_timeout(500)
 
 
 @pytest.fixture

@@ -189,6 +189,23 @@ def test_a_replaced_server_says_so(server):
         assert publishers() == []
 
 
+def test_while_a_newer_run_loads_the_panel_says_so(server, monkeypatch):
+    from serving_kit import kit
+
+    panel, seen = server.panel, []
+
+    def load(*args, **more):
+        assert until(lambda: "newer run is loading" in frame(panel)["reason"])
+        seen.append(frame(panel)["state"])
+        raise serving_kit.StartError("no such model")
+
+    monkeypatch.setattr(kit, "load_model", load)
+    with pytest.raises(serving_kit.StartError):
+        serving_kit.serve("no/such", port=0)
+    assert seen == ["ready"]
+    assert until(lambda: frame(panel)["reason"] == "")
+
+
 def test_displays_leave_nothing_behind(server):
     def widgets():
         return len(ipywidgets.widgets.widget._instances)
