@@ -403,6 +403,7 @@ def test_overload_and_errors_are_seen(lab):
         cell(page, 3).wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
         command(page, "application:toggle-left-area")
+        command(page, "apputils:change-theme", "{theme: 'JupyterLab Light'}")
         run_first_cell(page)
         has_run(page, 0, 1)
         run_cell(page, 1)
