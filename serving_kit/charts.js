@@ -1,7 +1,7 @@
 // The charts of the live panel: five canvases on one axis of time, a cursor through all of them.
 // panel.js goes on from here: both are one module, for the notebook (panel.py) and the page (app.py).
 
-const REASONS = ["full", "budget", "idle", "deadline", "all_present", "drain"]; // as records.py has them
+const REASONS = ["full", "budget", "idle", "deadline", "all_present", "retry", "drain"]; // of records.py
 const BAD = ["shed", "expired", "failed"];
 const LEAST = { p50: 2, p95: 20, p99: 100 }; // samples, below which a percentile is only the largest of them
 const NOBODY = { queue_depth: 0, in_flight: 0, arrivals: 0, ok: 0, shed: 0, expired: 0, failed: 0, samples: 0, latency_ms: {}, queue_wait_ms: {}, forward_ms: {}, sizes: {}, reasons: {} };
@@ -242,14 +242,14 @@ const mean = (sizes, step = 1) => {
 
 // From panel.py's rows, with digits for batch sizes, to what /stats says.
 function unpack(bytes) {
-  const snapshot = JSON.parse(new TextDecoder().decode(bytes));
+  const snapshot = JSON.parse(new TextDecoder().decode(bytes)), reasons = Object.keys(snapshot.batches);
   const series = snapshot.rows.map((row, i) => {
     if (!row) return { ...NOBODY, second: snapshot.first + i };
     const [queue_depth, in_flight, arrivals, ok, shed, expired, failed, samples, p50, p95, p99, wait, work, padding, step, digits, why] = row;
     const sizes = Object.fromEntries([...digits].map((digit, level) => [(level + 1) * step, +digit]).filter(([, n]) => n));
     return {
       second: snapshot.first + i, queue_depth, in_flight, arrivals, ok, shed, expired, failed, samples, padding, step, sizes, mean: mean(sizes, step),
-      latency_ms: { p50, p95, p99 }, queue_wait_ms: { p50: wait }, forward_ms: { p50: work }, reasons: Object.fromEntries(REASONS.map((reason, k) => [reason, (why || [])[k] || 0])),
+      latency_ms: { p50, p95, p99 }, queue_wait_ms: { p50: wait }, forward_ms: { p50: work }, reasons: Object.fromEntries(reasons.map((reason, k) => [reason, (why || [])[k] || 0])),
     };
   });
   return { ...snapshot, series };
