@@ -78,7 +78,7 @@ _PLAIN = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
 _PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
 _PAGE = Path(__file__).parent / "panel.html"
-_SCRIPT = Path(__file__).parent / "panel.js"
+_SCRIPTS = [Path(__file__).parent / name for name in ("charts.js", "panel.js")]  # one module
 
 
 def build_app(
@@ -291,7 +291,8 @@ async def page(request: Request) -> Response:
 
 async def script(request: Request) -> Response:
     """GET /panel.js: the panel's own code, the same that the notebook runs."""
-    return Response(_SCRIPT.read_text(encoding="utf-8"), media_type="text/javascript")
+    text = "".join(path.read_text(encoding="utf-8") for path in _SCRIPTS)
+    return Response(text, media_type="text/javascript")
 
 
 async def health(request: Request) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import secrets
 import socket
@@ -25,7 +26,8 @@ from serving_kit.errors import ServingError, SettingError, StartError
 from serving_kit.guard import Access, access, is_loopback
 from serving_kit.inline_server import InlineServer, bind
 from serving_kit.loading import load_model
-from serving_kit.records import Incident
+from serving_kit.metrics import HISTORY_S
+from serving_kit.records import BatchReason, Incident
 from serving_kit.service import Service
 from serving_kit.settings import Settings, refuse_unknown
 
@@ -53,7 +55,10 @@ class Server:
         self._service = service
         self._inline = inline
         self._replaced = False
+        self._successor_since: float | None = None  # since when a newer run loads its model
         self._panel: Any = None
+        self._model_code: list[str] = []  # how serve() was called, for `as_code`
+        self._named: dict[str, Any] = {}
 
     # -- asking ----------------------------------------------------------------------------------
 
@@ -111,7 +116,35 @@ class Server:
             snapshot["reason"] = "replaced by a newer run of serve()"
         elif self._inline.died:
             snapshot |= {"state": "failed", "reason": "the server's thread has died: run serve() again"}
+        elif self._successor_since is not None:
+            waited = time.monotonic() - self._successor_since
+            snapshot["reason"] = f"a newer run is loading its model, for {waited:.0f} s"
         return {**snapshot, "url": self.url}
+
+    def history(self) -> Any:
+        """The last five minutes, one row for each second: a DataFrame, or without pandas a list of dicts.
+
+        The same numbers as in the panel and in `stats(series=300)`, with the nested ones as columns of
+        their own (`latency_ms.p99`). `ago_s` counts back from now.
+        """
+        points = self.stats(HISTORY_S)["series"]
+        last = points[-1]["second"]
+        rows = [{"ago_s": last - point["second"], **_flat(point)} for point in points]
+        try:
+            import pandas
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows).set_index("ago_s")
+
+    def as_code(self) -> str:
+        """The call that makes this server with the settings in force: every knob that is not at its default.
+
+        A pipeline or function is called by its name, which may not be what your notebook calls it.
+        """
+        defaults = Settings().to_dict()
+        knobs = {name: v for name, v in self.settings.to_dict().items() if v != defaults[name]}
+        named = [f"{name}={value!r}" for name, value in {**self._named, **knobs}.items()]
+        return f"serving_kit.serve({', '.join([*self._model_code, *named])})"
 
     def errors(self) -> list[Incident]:
         """The latest failures, newest first, with tracebacks and the ids that clients were told."""
@@ -177,10 +210,11 @@ class Server:
             f"at {self.url}, {state}, {requests} requests>"
         )
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from serving_kit.panel import mimebundle
+    def _ipython_display_(self) -> None:
+        self.panel.show(repr(self))
 
-        return {"text/plain": repr(self), **mimebundle(self)}
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return {"text/plain": repr(self), **self.panel.bundle()}
 
     def _finish_panel(self) -> None:
         if self._panel is not None:
@@ -236,13 +270,18 @@ def serve(
     settings = Settings(**knobs)
 
     def load() -> Service:
-        loaded = load_model(
-            model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
-        )
+        if old is not None:
+            old._successor_since = time.monotonic()
         try:
+            loaded = load_model(
+                model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
+            )
             return Service(loaded, settings, name=name)
         except SettingError as error:
             raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
+        finally:
+            if old is not None:
+                old._successor_since = None
 
     with _lock:
         old = _servers.get(name)
@@ -260,7 +299,33 @@ def serve(
             except BaseException:
                 sock.close()
                 raise
+    given = {"task": task, "port": port, "host": host, "name": name, "device": device}
+    given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts}
+    usual = inspect.signature(serve).parameters
+    server._model_code = _as_called(model)
+    server._named = {key: value for key, value in given.items() if value != usual[key].default}
     return server
+
+
+def _as_called(model: Any) -> list[str]:
+    """The first argument of `serve()`, as code."""
+    if model is None:
+        return []
+    if isinstance(model, (str, os.PathLike)):
+        return [repr(os.fspath(model))]
+    name = str(getattr(model, "__name__", "pipe"))
+    return [name if name.isidentifier() else "model"]
+
+
+def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
+    """One second of the series without nesting, and with totals of what has open keys."""
+    row = {key: value for key, value in point.items() if not isinstance(value, dict)}
+    for key in ("latency_ms", "queue_wait_ms", "forward_ms"):
+        row |= {f"{key}.{name}": value for name, value in point[key].items()}
+    batches = sum(point["sizes"].values())
+    items = sum(int(size) * count for size, count in point["sizes"].items())
+    row |= {"batches": batches, "batch_size_mean": items / batches if batches else None}
+    return row | {f"batches.{reason.value}": point["reasons"].get(reason.value, 0) for reason in BatchReason}
 
 
 def _take_over(old: Server, service: Service, rule: Access) -> Server:

@@ -66,10 +66,12 @@ class Slot:
     queue_wait: Counter[int] = field(default_factory=Counter)
     forward: Counter[int] = field(default_factory=Counter)  # per batch
     sizes: Counter[int] = field(default_factory=Counter)  # batch size: batches
+    reasons: Counter[BatchReason] = field(default_factory=Counter)  # why they were sent: batches
     tokens: int = 0
     padded_tokens: int = 0
     busy: float = 0.0  # seconds that the model was busy
     depth: int = 0  # deepest queue seen
+    in_flight: int = 0  # most items inside, waiting and running
     last_depth: int = 0  # queue seen last: what a silent second after this one still has
     point: dict[str, Any] | None = None  # as `series` tells it, once the second is over
 
@@ -113,13 +115,14 @@ class Metrics:
         self._forward = _Histogram(_SECONDS)
         self._sizes = _Histogram(_SIZES)
 
-    def add_arrival(self, now: float, queue_depth: int) -> None:
-        """A request has arrived and sees `queue_depth` items waiting."""
+    def add_arrival(self, now: float, queue_depth: int, in_flight: int = 0) -> None:
+        """A request has arrived and sees `queue_depth` items waiting, of `in_flight` inside."""
         with self._lock:
             slot = self._slot(now)
             slot.arrivals += 1
             slot.last_depth = queue_depth
             slot.depth = max(slot.depth, queue_depth)
+            slot.in_flight = max(slot.in_flight, in_flight)
 
     def add_request(self, record: RequestRecord) -> None:
         """A request has ended."""
@@ -142,12 +145,14 @@ class Metrics:
             self.wasted += record.wasted
             slot = self._slot(record.finished)
             slot.sizes[record.size] += 1
+            slot.reasons[record.reason] += 1
             slot.forward[bucket(record.forward)] += 1
             slot.tokens += record.tokens
             slot.padded_tokens += record.padded_tokens
             slot.busy += record.forward
             slot.last_depth = record.left_waiting
             slot.depth = max(slot.depth, record.left_waiting + record.size)
+            slot.in_flight = max(slot.in_flight, record.left_waiting + record.size)
             self._forward.add(record.forward)
             self._sizes.add(record.size)
 
@@ -279,7 +284,13 @@ def _point(slot: Slot) -> dict[str, Any]:
         - slot.outcomes[Outcome.EXPIRED]
         - slot.outcomes[Outcome.FAILED],
         "queue_depth": slot.depth,
+        "in_flight": max(slot.in_flight, slot.depth),
         "sizes": {str(size): count for size, count in sorted(slot.sizes.items())},
+        "reasons": {reason.value: count for reason, count in slot.reasons.items()},
+        "padding": round(1 - slot.tokens / slot.padded_tokens, 4) if slot.padded_tokens else None,
         "busy": min(1.0, slot.busy),
+        "samples": slot.latency.total(),
         "latency_ms": _percentiles(slot.latency),
+        "queue_wait_ms": _percentiles(slot.queue_wait),
+        "forward_ms": _percentiles(slot.forward),
     }

@@ -116,7 +116,7 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                 "Settings": {
                     "type": "object",
                     "additionalProperties": False,
-                    "properties": {name: _knob(name, knob) for name, knob in KNOBS.items()},
+                    "properties": describe_knobs(),
                 },
                 "Problem": {
                     "type": "object",
@@ -137,6 +137,11 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
     }
 
 
+def describe_knobs() -> dict[str, Any]:
+    """A JSON schema for each knob, with its meaning and its unit."""
+    return {name: _knob(name, knob) for name, knob in KNOBS.items()}
+
+
 def _knob(name: str, knob: Knob) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": _TYPES[knob.kind]}
     if knob.choices:
@@ -145,7 +150,8 @@ def _knob(name: str, knob: Knob) -> dict[str, Any]:
         schema |= {"minimum": knob.low, "maximum": knob.high}
     if knob.auto:
         schema = {"oneOf": [schema, {"const": "auto"}]}
-    return {**schema, "description": knob.doc, "default": getattr(Settings(), name)}
+    unit = {"x-unit": knob.unit} if knob.unit else {}
+    return {**schema, "description": knob.doc, "default": getattr(Settings(), name), **unit}
 
 
 def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:

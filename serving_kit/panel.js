@@ -1,53 +1,21 @@
 // The live panel: in a notebook (default export, for anywidget) and as a page (poll, for panel.html).
-// Both feed mount() with the snapshots of GET /stats. Its style is in panel.html, also for the notebook.
+// Both feed mount() with the snapshots of GET /stats. Above it, in the same module, comes charts.js; its
+// style is in panel.html, also for the notebook.
 
-// JSON, because tests/test_panel.py holds it against settings.KNOBS.
-const KNOBS = [
-  {"name": "max_batch_size", "label": "Batch size", "unit": "items", "low": 1, "high": 4096},
-  {"name": "max_wait_ms", "label": "Wait for company", "unit": "ms", "low": 0, "high": 60000},
-  {"name": "max_queue_size", "label": "Queue size", "unit": "items", "low": 1, "high": 100000},
-  {"name": "timeout_ms", "label": "Timeout", "unit": "ms", "low": 1, "high": 3600000},
-  {"name": "group_by_length", "label": "Batch like lengths together"},
-  {"name": "drop_hopeless", "label": "Refuse early what would be late"}
-];
 const TILES = {
   "now": ["waiting", "in flight"],
   "last 30 s": ["requests/s", "answers/s", "p50 ms", "p95 ms", "p99 ms", "mean batch"],
   "since the start": ["ok", "shed", "expired", "failed"],
 };
-
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-const count = (n) => (n < 1e5 ? Math.round(n).toLocaleString("en") : `${Math.round(n / 1e3)}k`);
-const number = (n) => (n == null ? "–" : n < 0.995 ? `${+n.toFixed(2)}` : n < 99.95 ? n.toFixed(1) : count(n));
-const span = (s) => (s < 120 ? `${s | 0} s` : `${(s / 60) | 0} min`);
-
+const LIVE = ["ready", "draining", "stuck"];
+const FIRST = ["max_batch_size", "max_wait_ms", "max_queue_size", "timeout_ms", "group_by_length", "drop_hopeless"];
 // The positions of a slider: round values, close together where they are small.
-function stops({ low, high, unit }) {
-  const [factor, steps] = unit === "ms" ? [10, [1, 1.5, 2, 3, 4, 5, 6, 8]] : [2, [1, 1.25, 1.5, 1.75]];
+function stops(low, high, whole) {
+  const [factor, steps] = whole ? [2, [1, 1.25, 1.5, 1.75]] : [10, [1, 1.5, 2, 3, 4, 5, 6, 8]];
   const values = [low, high];
   for (let base = 1; base < high; base *= factor) values.push(...steps.map((step) => base * step));
-  return [...new Set(values)].filter((v) => v <= high && (unit === "ms" || v % 1 === 0)).sort((x, y) => x - y);
+  return [...new Set(values)].filter((v) => v <= high && (!whole || v % 1 === 0)).sort((x, y) => x - y);
 }
-function roundUp(value) {
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 1.2, 1.6, 2, 3, 4, 5, 6, 8, 10].find((m) => m * power >= value * 0.999) * power;
-}
-
-// By what is behind the panel: JupyterLab's theme need not be the browser's.
-function isDark(node) {
-  for (let at = node.parentElement; at; at = at.parentElement) {
-    const [r, g, b, alpha = 1] = getComputedStyle(at).backgroundColor.match(/[\d.]+/g) || [0, 0, 0, 0];
-    if (alpha > 0.5) return 0.3 * r + 0.6 * g + 0.1 * b < 128;
-  }
-  return matchMedia("(prefers-color-scheme: dark)").matches;
-}
-
 function copyButton(label, text) {
   const button = el("button", { type: "button" }, label);
   button.onclick = async () => {
@@ -59,73 +27,89 @@ function copyButton(label, text) {
 }
 
 // The panel in `element`. tune(knobs) resolves to the settings in force, or rejects with why not; without
-// it the panel is read-only. unlock(token), if given, makes one.
-export function mount(element, { tune = null, unlock = null, url = "" } = {}) {
-  let snapshot = null, received = 0, started = 0, visible = true, alive = true, asked = 0, frame = 0;
-  const title = el("h2"), meta = el("span", { class: "soft" }), state = el("span", { class: "state" }), curl = el("code", { tabindex: 0 });
-  const line = el("div", { class: "curl" }, curl, copyButton("Copy", () => curl.textContent));
+// it the panel is read-only. unlock(token), if given, makes one. errors() resolves to the last failures.
+export function mount(element, { knobs, tune = null, unlock = null, errors = null, look = () => {}, url = "" }) {
+  let snapshot = null, received = 0, started = 0, visible = true, alive = true, asked = 0, timer = 0, stale = true, told = "";
+  const title = el("h2"), meta = el("span", { class: "soft" }), state = el("span", { class: "state", role: "status" }), curl = el("code", { tabindex: 0 });
+  const link = el("a", { target: "_blank", rel: "noopener" }, "Open in the browser"), hint = el("span", { class: "soft" });
+  const line = el("div", { class: "curl" }, curl, copyButton("Copy", () => curl.textContent), ...(url ? [] : [link, hint]));
 
   const tiles = {};
   const strip = Object.entries(TILES).map(([caption, names]) => el("div", { class: "group", style: `--n:${names.length}` },
     el("span", { class: "soft" }, caption),
     ...names.map((name) => el("div", {}, el("span", { class: "soft" }, name), (tiles[name] = el("b", { "data-number": name }, "–"))))));
 
-  const charts = [["Waiting items", queue], ["Batch size", sizes], ["Latency, ms", latency]].map(([name, view]) =>
-    ({ name, view, canvas: el("canvas", { role: "img" }), legend: el("span", { class: "soft" }) }));
-  const keys = ["p50", "p95", "p99"].map((name) => el("span", { class: `key ${name}` }, `━ ${name}`));
-  charts[2].legend.append(...keys);
-  const figures = charts.map(({ name, canvas, legend }) => el("div", { class: "chart" }, el("div", {}, el("b", {}, name), legend), canvas));
+  const charts = makeCharts();
 
   // -- knobs --
   const note = el("div", { class: "note soft", "aria-live": "polite" }), refusal = el("div", { role: "alert" });
-  const knobs = KNOBS.map((knob) => {
-    const { name, label, unit, low, high } = knob, one = { name, label, unit, waiting: 0, settled: 0 };
-    if (unit) {
-      const places = stops(knob), field = el("input", { type: "number", class: "field", min: low, max: high, step: "any", "aria-label": `${label}, ${unit}` });
-      const range = el("input", { type: "range", max: places.length - 1, "aria-label": label });
+  const rows = Object.entries(knobs).map(([name, schema]) => {
+    const { type, minimum: low, maximum: high } = schema.oneOf?.[0] || schema, unit = schema["x-unit"] || "", one = { name, waiting: 0, settled: 0 };
+    const since = el("span", { class: "since" }), label = el("span", { class: "name" }, name), range = low == null ? "" : ` · ${low.toLocaleString("en")} to ${high.toLocaleString("en")}`;
+    const about = { "aria-label": unit ? `${name}, ${unit}` : name, title: schema.description };
+    let middle = el("span"), field;
+    if (type === "boolean") {
+      field = el("input", { type: "checkbox", ...about });
+      one.show = (value) => { field.checked = value; };
+      field.onchange = () => change(one, field.checked, 0);
+    } else if (schema.enum) {
+      field = el("select", { class: "field", ...about }, ...schema.enum.map((value) => el("option", {}, value)));
+      one.show = (value) => { field.value = value; };
+      field.onchange = () => change(one, +field.value, 0);
+    } else {
+      const auto = schema.oneOf ? "auto" : null, places = stops(low, high, type === "integer");
       let typing = false;
+      field = el("input", { type: "number", class: "field", min: low, max: high, step: "any", placeholder: auto || "", ...about });
+      if (!auto) {
+        middle = el("input", { type: "range", max: places.length - 1, "aria-label": name });
+        middle.oninput = () => { field.value = places[middle.value]; change(one, places[middle.value], 150); };
+      }
       one.show = (value) => {
-        if (!typing) field.value = value;
-        range.value = places.findIndex((place) => place >= value);
-        range.setAttribute("aria-valuetext", `${value} ${unit}`);
+        if (!typing) field.value = value === "auto" ? "" : value;
+        if (auto) return;
+        middle.value = places.findIndex((place) => place >= value);
+        middle.setAttribute("aria-valuetext", `${value} ${unit}`);
       };
-      range.oninput = () => { field.value = places[range.value]; change(one, places[range.value], 150); };
       field.oninput = () => { typing = true; };
       field.onblur = () => { typing = false; };
-      field.onchange = () => { if (typing && field.value) change(one, +field.value, 0); typing = false; };
+      field.onchange = () => { if (typing && (field.value || auto)) change(one, field.value ? +field.value : auto, 0); typing = false; };
       field.onkeydown = (event) => { if (event.key === "Enter") field.onchange(); }; // JupyterLab takes the browser's
-      one.text = el("span", { class: "soft" }, unit);
-      one.row = el("div", { class: "knob" }, el("span", {}, label), range, field, one.text);
-      one.inputs = [range, field];
-    } else {
-      const box = el("input", { type: "checkbox" });
-      one.show = (value) => { box.checked = value; };
-      box.onchange = () => change(one, box.checked, 0);
-      one.row = el("label", { class: "check" }, box, label);
-      one.inputs = [box];
     }
+    one.text = el("span", { class: "soft" }, unit);
+    one.since = since;
+    one.unit = unit;
+    one.inputs = [middle, field];
+    one.row = el("div", { class: "knob" }, label, middle, field, one.text, el("span", { class: "about soft" }, schema.description.replace(" x ", " × ") + range, since));
     return one;
   });
+  const more = rows.filter(({ name }) => !FIRST.includes(name)).map(({ row }) => row);
   const set = el("div", { class: "knobs", role: "group", "aria-label": "Settings" },
-    el("div", { class: "note" }, el("b", {}, "Settings"), ", in force from the next batch"), ...knobs.map((one) => one.row));
+    el("div", { class: "head" }, el("b", {}, "Settings"), copyButton("Copy as code", code)),
+    ...FIRST.map((name) => rows.find((one) => one.name === name)?.row ?? ""), el("details", {}, el("summary", {}, `${more.length} more`), ...more));
   if (unlock) {
-    const token = el("input", { type: "password", class: "field", placeholder: "token", autocomplete: "off" });
-    token.onchange = () => { tune = token.value.trim() && unlock(token.value.trim()); draw(); };
-    set.append(el("label", { class: "note soft" }, "Read-only without the token from the panel in the notebook: ", token));
+    const token = el("input", { type: "password", class: "field", placeholder: "token", "aria-label": "token", autocomplete: "off" });
+    token.onchange = () => { tune = token.value.trim() && unlock(token.value.trim()); refresh(); };
+    set.append(el("label", { class: "soft" }, "Read-only without the token from the panel in the notebook: ", token));
   }
-  set.append(el("div", { class: "note" }, note, refusal));
+  set.append(note, refusal);
+
+  function code() {
+    const python = (value) => ({ true: "True", false: "False" })[value] ?? JSON.stringify(value);
+    const moved = Object.entries(snapshot.settings).filter(([name, value]) => value !== knobs[name]?.default);
+    return snapshot.code || `server.tune(${moved.map(([name, value]) => `${name}=${python(value)}`).join(", ")})`;
+  }
 
   function change(one, value, pause) {
     one.value = value;
     one.waiting = ++asked;
     one.timer ||= setTimeout(ask, pause, one); // at most one message in each pause, with the newest value
-    draw();
+    refresh();
   }
 
   async function ask(one) {
-    const { name, label, value, waiting } = one;
+    const { name, value, waiting } = one;
     one.timer = 0;
-    const late = setTimeout(put, 2000, note, `${label}: no answer yet; a running cell may keep the kernel busy`);
+    const late = setTimeout(put, 2000, note, `${name}: no answer yet; a running cell may keep the kernel busy. It will count when the cell has ended.`);
     let settings = null, error = "";
     try { settings = await tune({ [name]: value }); } catch (reason) { error = reason.message; }
     clearTimeout(late);
@@ -134,181 +118,127 @@ export function mount(element, { tune = null, unlock = null, url = "" } = {}) {
     one.waiting = 0;
     one.settled = performance.now() + 600; // a frame from before may still arrive
     put(refusal, error);
-    put(note, error ? "" : `${label} ${{ true: "on", false: "off" }[settings[name]] ?? settings[name]}: in force since ${new Date().toLocaleTimeString()}`);
+    put(note, error ? "" : `${name} ${{ true: "on", false: "off" }[settings[name]] ?? settings[name]}: in force since ${clock(0)}`);
     one.show(snapshot.settings[name]);
-    draw();
+    refresh();
   }
 
+  // -- errors --
+  const troubles = el("div"), latest = el("summary"), failures = el("details", { class: "errors" }, latest, troubles);
+  async function list() {
+    if (!failures.open || !errors || told === snapshot?.errors) return;
+    told = snapshot.errors;
+    troubles.replaceChildren(...(await errors()).map(({ id, wall, outcome, error, traceback }) => {
+      const known = [...troubles.children].find((node) => node.dataset.id === id);
+      if (known) return known; // maybe unfolded
+      const lines = traceback.trimEnd().split("\n").map((text) => el("span", { class: /^  File /.test(text) ? "file" : /^\S/.test(text) ? "last" : "" }, `${text}\n`));
+      return el("details", { "data-id": id }, el("summary", {}, el("code", {}, id), ` ${new Date(wall * 1000).toLocaleTimeString("en-GB")} ${outcome}: ${error}`), el("pre", {}, ...lines));
+    }));
+  }
+  failures.ontoggle = list;
+  const cost = el("div", { class: "cost soft" });
+
   // -- drawing --
+  const busy = () => sum(snapshot.series.slice(-6).map((p) => p.shed + p.expired));
   function fill() {
-    const { window: recent, requests, settings, task } = snapshot, { p50, p95, p99 } = recent.latency_ms;
-    const mood = { ready: "good", failed: "bad", stopped: "soft", replaced: "soft" }, hue = alive ? mood[snapshot.state] || "warn" : "soft";
+    const { window: recent, requests, settings, task, browser } = snapshot, { p50, p95, p99 } = recent.latency_ms, over = snapshot.state === "ready" && busy();
+    const mood = { ready: "good", failed: "bad", stuck: "bad", stopped: "soft", replaced: "soft" }, hue = !alive ? "soft" : over ? "warn" : mood[snapshot.state] || "warn";
+    const words = { starting: "loading", replaced: "replaced by a newer run" }[snapshot.state] || snapshot.reason || (over ? "overloaded" : snapshot.state);
     put(title, snapshot.model);
     put(meta, [snapshot.name, task, snapshot.device, `up ${span(snapshot.uptime_s)}`].join(" · "));
-    put(state, `● ${alive ? snapshot.reason || snapshot.state : "not connected: the last picture"}`);
+    put(state, `● ${alive ? words : "not connected: the last picture"}`);
     state.style.color = `var(--${hue})`;
     const body = /image|audio|speech|video|object/.test(task) ? "--data-binary @file" : `-d '${task === "fill-mask" ? "test [MASK]." : "hello"}'`;
     put(curl, `curl ${body} ${(url || snapshot.url).replace(/\/?$/, "/")}`);
+    if (browser) {
+      // On a machine of its own, the kernel is behind the notebook server that this page came from.
+      const lab = document.getElementById("jupyter-config-data"), far = browser.local && lab && !/^(localhost|127\.|\[::1)/.test(location.hostname);
+      const path = far ? `${JSON.parse(lab.textContent).baseUrl}proxy/${browser.url.match(/:(\d+)/)[1]}/` : browser.url;
+      link.hidden = !path;
+      if (path && link.getAttribute("href") !== path) link.href = path;
+      put(hint, far ? "needs jupyter-server-proxy" : browser.note);
+    }
     const rates = [recent.arrivals_per_s, recent.answers_per_s, p50, p95, p99, recent.batch_size_mean].map(number);
-    const counts = ["ok", "shed", "expired", "failed"].map((outcome) => count(requests[outcome]));
-    const texts = [count(snapshot.queue_depth), count(snapshot.in_flight), ...rates, ...counts];
+    const texts = [count(snapshot.queue_depth), count(snapshot.in_flight), ...rates, ...["ok", ...BAD].map((outcome) => count(requests[outcome]))];
     Object.values(tiles).forEach((tile, i) => put(tile, texts[i]));
-    for (const name of ["shed", "expired", "failed"]) tiles[name].style.color = requests[name] ? `var(--${name === "failed" ? "bad" : "warn"})` : "";
-    for (const one of knobs) {
+    for (const [name, least] of Object.entries(LEAST)) {
+      const few = recent.samples < least;
+      tiles[`${name} ms`].className = few ? "few" : "";
+      tiles[`${name} ms`].title = few ? `only ${recent.samples} answers in these 30 seconds: fewer than ${least} say little` : "";
+    }
+    for (const name of BAD) tiles[name].style.color = requests[name] ? `var(--${name === "failed" ? "bad" : "warn"})` : "";
+    const ago = {};
+    for (const { ago_s, knobs: moved } of snapshot.changes || []) for (const name in moved) ago[name] = ago_s;
+    for (const one of rows) {
       if (!one.waiting && performance.now() > one.settled) one.show(settings[one.name]);
-      if (one.text) put(one.text, one.waiting && one.value !== settings[one.name] ? `now ${settings[one.name]}` : one.unit);
+      put(one.text, one.waiting && one.value !== settings[one.name] ? `now ${settings[one.name]}` : one.unit);
+      if (one.name in ago) put(one.since, ` · since ${clock(ago[one.name] + (performance.now() - received) / 1000)}`);
       for (const input of one.inputs) input.disabled = !tune || hue === "soft";
     }
-  }
-
-  // One chart. Time goes on when nothing is sent, unless the server has ended.
-  function plot({ canvas }, own, { cap, top, body }, ink) {
-    const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1, g = canvas.getContext("2d");
-    canvas.width = width * scale;
-    canvas.height = height * scale;
-    g.scale(scale, scale);
-    g.font = ink.font;
-    const left = 34, base = height - 17, began = started + snapshot.uptime_s;
-    const now = began + (alive && snapshot.state === "ready" ? (performance.now() - received) / 1000 : 0);
-    const period = [30, 60].find((s) => now - started < s) || 120;
-    const x = (second) => left + ((second - now) / period + 1) * (width - left), y = (value) => base - (value / top) * (base - 14);
-    const write = (text, at, level, align = "left") => { g.fillStyle = ink.soft; g.textAlign = align; g.fillText(text, at, level); };
-    const rule = (x1, y1, x2, y2, colour, dash = []) => {
-      g.strokeStyle = colour; g.setLineDash(dash); g.beginPath(); g.moveTo(x1, y1); g.lineTo(x2, y2); g.stroke(); g.setLineDash([]);
-    };
-    for (const value of [0, top / 2, top]) {
-      const level = Math.round(y(value)) + 0.5;
-      rule(left, level, width, level, ink.line);
-      write(value >= 1e4 ? `${+(value / 1e3).toFixed(1)}k` : +value.toFixed(2), left - 6, level + 3.5, "right");
-    }
-    g.beginPath();
-    write(`−${period} s`, left, height - 3);
-    write("now", width, height - 3, "right");
-    g.save();
-    g.rect(left, 0, width, base + 1);
-    g.clip();
-    g.beginPath();
-    g.lineWidth = 1.5;
-    body({ g, x, y, now });
-    g.restore();
-    if (cap <= top) {
-      rule(left, y(cap), width, y(cap), ink.soft, [4, 3]);
-      write("limit", left + 4, y(cap) - 3);
-    }
-    // Where a knob was moved: a line in every chart, words in the one that the knob is about.
-    const marks = snapshot.changes.map(({ ago_s: ago, knobs: moved }) => ({ at: x(began - ago), moved })).filter(({ at, moved }) => at > left && Object.keys(moved).length);
-    for (const { at } of marks) rule(at, 4, at, base, ink.soft, [1, 2]);
-    let free = width;
-    for (const { at, moved } of marks.reverse()) {
-      const mine = Object.keys(moved).filter((name) => ({ max_queue_size: queue, max_batch_size: sizes }[name] || latency) === own);
-      const text = mine.map((name) => `${name} ${moved[name]}`).join(", "), wide = g.measureText(text).width + 6;
-      if (!text || at > free || at - wide < left) continue;
-      g.fillStyle = ink.ground;
-      g.fillRect(at - wide, 0, wide - 1, 13);
-      write(text, at - 4, 10, "right");
-      free = at - wide;
-    }
-  }
-
-  // What a chart shows: its limit, its top (with room for a limit that is near) and how to draw it.
-  function queue(points, ink) {
-    const cap = snapshot.settings.max_queue_size, most = Math.max(snapshot.queue_depth, ...points.map((p) => p.queue_depth));
-    const body = ({ g, x, y, now }) => {
-      const end = points.length ? points.at(-1).second + 1 : now, last = x(Math.max(end, now));
-      g.moveTo(x(points.length ? points[0].second : end), y(0));
-      for (const { second, queue_depth: depth } of points) { g.lineTo(x(second), y(depth)); g.lineTo(x(second + 1), y(depth)); }
-      // Nothing has changed since the last frame, else there would be a newer one.
-      for (const at of [x(end), last]) g.lineTo(at, y(snapshot.queue_depth));
-      g.strokeStyle = g.fillStyle = ink.p50;
-      g.stroke();
-      g.lineTo(last, y(0));
-      g.globalAlpha = 0.16;
-      g.fill();
-    };
-    return { cap, top: roundUp(Math.max(4, most, cap <= most * 2 ? cap * 1.15 : 0)), legend: `peak ${count(most)}, limit ${count(cap)}`, body };
-  }
-
-  // A column for each second, a cell for each size, the stronger the more batches had it.
-  function sizes(points, ink) {
-    const cap = snapshot.settings.max_batch_size, most = Math.max(1, ...points.flatMap((p) => Object.keys(p.sizes)));
-    const body = ({ g, x, y }) => {
-      g.fillStyle = ink.p50;
-      for (const { second, sizes: seen, step = 1 } of points) {
-        const peak = Math.max(...Object.values(seen));
-        for (const [size, n] of Object.entries(seen)) {
-          g.globalAlpha = 0.15 + (0.75 * n) / peak;
-          g.fillRect(x(second), y(size), x(second + 1) - x(second) - 0.3, Math.max(2, y(0) - y(step) - 0.4));
-        }
-      }
-    };
-    const legend = `mean ${number(snapshot.window.batch_size_mean)}, limit ${count(cap)}`;
-    return { cap, top: roundUp(Math.max(4, most, cap <= Math.max(8, most * 2) ? cap * 1.15 : 0)), legend, body };
-  }
-
-  function latency(points, ink) {
-    const cap = snapshot.settings.timeout_ms, most = Math.max(1, ...points.map((p) => p.latency_ms.p99 || 0));
-    const body = ({ g, x, y }) => {
-      for (const name of ["p99", "p95", "p50"]) {
-        let pen = false;
-        g.beginPath();
-        for (const { second, latency_ms: { [name]: value } } of points) {
-          if (value == null) { pen = false; continue; } // a gap: nobody was answered in that second
-          if (!pen) g.moveTo(x(second + 0.5) - 1, y(value));
-          g.lineTo(x(second + 0.5), y(value));
-          pen = true;
-        }
-        g.strokeStyle = ink[name];
-        g.stroke();
-      }
-    };
-    return { cap, top: roundUp(cap <= most * 1.5 ? Math.max(most, cap * 1.15) : most), body };
+    const { panel, errors: newest } = snapshot;
+    put(latest, newest ? `Errors: ${count(requests.failed)} failed, last incident ${newest}` : `Errors: ${requests.failed ? `${count(requests.failed)} failed; server.errors() has their tracebacks` : "none"}`);
+    put(cost, panel ? `This panel costs ${panel.ms == null ? "" : `${panel.ms.toFixed(1)} ms and `}${panel.kb.toFixed(1)} kB per second` : "");
+    list();
   }
 
   const root = el("section", { class: "sk", "aria-label": "Live server panel" }, el("div", { class: "all" },
-    el("header", {}, title, meta, state, line), el("div", { class: "tiles" }, ...strip), el("div", { class: "charts" }, ...figures), set));
+    el("header", {}, title, meta, state, line), el("div", { class: "tiles" }, ...strip), el("div", { class: "body" }, charts.node, set), failures, cost));
   // Else JupyterLab takes arrow keys for the notebook. It looks at what has the focus.
-  for (const node of root.querySelectorAll("input, button, code")) node.setAttribute("data-lm-suppress-shortcuts", "");
+  for (const node of root.querySelectorAll("input, button, code, select, summary, a, [tabindex]")) node.setAttribute("data-lm-suppress-shortcuts", "");
   element.append(root);
 
-  function draw() { if (visible) frame ||= requestAnimationFrame(paint); }
+  charts.onchange(draw);
+  function refresh() { stale = true; draw(); } // the words as well; the picture alone moves on its own
+  function draw() { if (visible) timer ||= requestAnimationFrame(paint); }
   function paint() {
-    frame = 0;
-    root.style.colorScheme = isDark(root) ? "dark" : "light";
+    timer = 0;
     if (!snapshot) return;
-    fill();
-    const css = getComputedStyle(root), colour = (node) => getComputedStyle(node).color, [p50, p95, p99] = keys.map(colour);
-    const ink = { p50, p95, p99, soft: colour(meta), line: css.borderTopColor, ground: css.backgroundColor, font: `11px ${css.fontFamily}` };
-    const points = snapshot.series.filter(({ second }) => second > started - 1);
-    for (const { name, view, canvas, legend } of charts) {
-      const shown = view(points, ink);
-      plot({ canvas }, view, shown, ink);
-      if (shown.legend) put(legend, shown.legend);
-      canvas.setAttribute("aria-label", `${name}: ${legend.textContent}`);
-    }
+    const fresh = stale;
+    stale = false;
+    if (fresh) root.style.colorScheme = isDark(root) ? "dark" : "light";
+    if (fresh) fill();
+    const since = (performance.now() - received) / 1000, live = alive && LIVE.includes(snapshot.state);
+    const pixel = charts.draw(snapshot, { started, since, live, fresh });
+    // As often as the picture moves by a pixel, while it moves at all.
+    if (live && since < 3 && !matchMedia("(prefers-reduced-motion)").matches) setTimeout(draw, Math.max(40, 1000 * pixel));
   }
 
-  const resized = new ResizeObserver(draw);
-  const seen = new IntersectionObserver((entries) => { visible = entries.at(-1).isIntersecting; draw(); });
+  const resized = new ResizeObserver(refresh), id = `${Math.random()}`;
+  let quiet = 0;
+  const judge = () => {
+    draw();
+    clearTimeout(quiet);
+    quiet = setTimeout(look, visible ? 0 : 2000, id, visible); // not for a view that is only scrolled past
+  };
+  let shown = true;
+  const hidden = () => { visible = shown && !document.hidden; judge(); };
+  const seen = new IntersectionObserver((entries) => { shown = entries.at(-1).isIntersecting; hidden(); });
   resized.observe(root);
   seen.observe(root);
-  const beat = setInterval(draw, 1000); // time and themes change without a frame
+  document.addEventListener("visibilitychange", hidden);
+  const beat = setInterval(refresh, 1000); // time and themes change without a frame
 
   return {
     update(next) {
       // `second` is the server's clock, rounded down: the most that we see of this is when it started.
       if (snapshot && next.uptime_s < snapshot.uptime_s) started = 0;
-      started = Math.max(started, next.series.at(-1).second - next.uptime_s);
+      const last = next.series.at(-1).second;
+      started = Math.max(started, last - next.uptime_s);
+      next.phase = Math.min(1, Math.max(0, started + next.uptime_s - last));
       snapshot = next;
       received = performance.now();
-      draw();
+      refresh();
     },
-    connected(yes) { alive = yes; draw(); },
-    token(text) { if (line.children.length < 3) line.append(copyButton("Copy token", () => text)); },
+    connected(yes) { alive = yes; refresh(); },
+    token(text) { if (text && !line.querySelector(".token")) line.querySelector("button").after(Object.assign(copyButton("Copy token", () => text), { className: "token" })); },
     destroy() {
       resized.disconnect();
       seen.disconnect();
+      document.removeEventListener("visibilitychange", hidden);
       clearInterval(beat);
-      cancelAnimationFrame(frame);
+      clearTimeout(quiet);
+      visible = false;
+      look(id, false);
       root.remove();
     },
   };
@@ -316,25 +246,24 @@ export function mount(element, { tune = null, unlock = null, url = "" } = {}) {
 
 // -- in a notebook --
 
-// From panel.py's columns, with digits for batch sizes, to what /stats says.
-function unpack(bytes) {
-  const snapshot = JSON.parse(new TextDecoder().decode(bytes)), { second, step, queue_depth: depths, sizes, p50, p95, p99 } = snapshot.series;
-  const series = depths.map((depth, i) => {
-    const seen = [...sizes[i]].map((digit, row) => [(row + 1) * step, +digit]).filter(([, n]) => n);
-    return { second: second + i, queue_depth: depth, step, sizes: Object.fromEntries(seen), latency_ms: { p50: p50[i], p95: p95[i], p99: p99[i] } };
-  });
-  return { ...snapshot, series };
-}
-
 async function render({ model, el: element }) {
-  const controls = await model.widget_manager.get_model(model.get("controls").replace("IPY_MODEL_", ""));
+  const name = model.get("controls").replace("IPY_MODEL_", ""), controls = await model.widget_manager.get_model(name);
   const waiting = new Map();
   const send = (message) => new Promise((resolve, reject) => {
     const id = `${Math.random()}`; // other views hear the answer too
     waiting.set(id, (answer) => { waiting.delete(id); if (answer.error) reject(new Error(answer.error)); else resolve(answer); });
     controls.send({ ...message, id });
   });
-  const panel = mount(element, { tune: async (knobs) => (await send({ kind: "tune", knobs })).settings });
+  const panel = mount(element, {
+    knobs: model.get("knobs"),
+    tune: async (knobs) => (await send({ kind: "tune", knobs })).settings,
+    errors: async () => (await send({ kind: "errors" })).errors,
+    look: (view, seen) => { if (controls.comm_live !== false) send({ kind: "seen", view, seen }).catch(() => {}); },
+  });
+  // The static card before it is for when nothing is live: see panel.py. So is the error in its place.
+  const card = `[data-serving-kit="${name}"]`;
+  const cover = el("style", {}, `${card}, .jp-OutputArea-child:has(${card}) { display: none; }`);
+  element.append(cover);
   const heard = (answer) => waiting.get(answer.id)?.(answer);
   const linked = () => panel.connected(controls.comm_live !== false);
   const changed = () => panel.update(unpack(model.get("frame")));
@@ -343,7 +272,7 @@ async function render({ model, el: element }) {
   model.on("change:frame", changed);
   linked();
   changed();
-  // ipykernel 7.4 reads our messages in the shell that last published on their comm: first that of the
+  // ipykernel 7.4 reads our messages in the shell that last published on their comm: maybe that of the
   // cell that made the panel, between cells only. An answered hello moves it to our own. Not at once, so
   // that the cell has ended, and a few times, for a cell that takes longer.
   const hellos = [400, 1500, 5000].map((ms) => setTimeout(async () => panel.token((await send({ kind: "hello" })).token), ms));
@@ -353,12 +282,19 @@ async function render({ model, el: element }) {
     model.off("change:frame", changed);
     hellos.forEach(clearTimeout);
     panel.destroy();
+    cover.remove();
   };
 }
 
 // -- as a page --
 
-export function poll(element, base) {
+export async function poll(element, base) {
+  let bytes = 0, kb = 0;
+  const get = async (path) => {
+    const text = await (await fetch(new URL(path, base), { signal: AbortSignal.timeout(5000) })).text();
+    bytes = text.length;
+    return JSON.parse(text);
+  };
   const unlock = (token) => async (knobs) => {
     const headers = { authorization: `Bearer ${token}`, "content-type": "application/json" };
     const response = await fetch(new URL("settings", base), { method: "PATCH", headers, body: JSON.stringify(knobs) });
@@ -366,20 +302,24 @@ export function poll(element, base) {
     if (!response.ok) throw new Error(answer.error);
     return answer;
   };
-  const panel = mount(element, { unlock, url: base.href });
-  let last = null, timer = 0;
+  const knobs = (await get("openapi.json")).components.schemas.Settings.properties;
+  const panel = mount(element, { knobs, unlock, url: base.href });
+  let last = null, timer = 0, series = [];
   async function tick() {
     if (document.hidden) return;
     try {
-      const response = await fetch(new URL("stats?series=120", base), { signal: AbortSignal.timeout(5000) });
-      const next = await response.json();
-      panel.update(next);
-      last = next;
+      const next = await get(`stats?series=${series.length ? Math.min(120, Math.ceil((performance.now() - last.at) / 1000) + 3) : 120}`);
+      const fresh = next.series.map((p) => ({ ...p, mean: mean(p.sizes) }));
+      series = [...series.filter((p) => p.second < fresh[0].second), ...fresh].slice(-120);
+      const at = performance.now();
+      if (last) kb += 0.1 * (bytes / (at - last.at) - kb);
+      last = { ...next, series, at, panel: { kb } };
+      panel.update(last);
     } catch {
       if (last) panel.update({ ...last, state: "failed", reason: "no answer from the server" });
     }
     clearTimeout(timer); // of a tick that was under way
-    timer = setTimeout(tick, 500);
+    timer = setTimeout(tick, 250);
   }
   document.addEventListener("visibilitychange", tick);
   tick();

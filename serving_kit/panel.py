@@ -8,16 +8,20 @@ on that comm. Frames are published by a thread, so a slider on their comm would 
 cell; the controls' comm carries nothing but answers to the browser, so that a slider works during it.
 
 A frame is the whole picture, so a view that opens late, or again, is right at once. Nothing is sent
-while nothing changes. Nothing here prints, and nothing raises where a cell would show it.
+while nothing changes, or while every view is out of sight. Nothing here prints, and nothing raises
+where a cell would show it.
 
-Not here: how it looks (`panel.js`), what the numbers mean (`metrics.py`), the page (`app.py`).
+A notebook gets two outputs: a static card, which is all that a saved notebook still has when its kernel
+is gone, and the widget, which hides the card for as long as it lives.
+
+Not here: how it looks (`panel.js`), the card (`card.py`), what the numbers mean (`metrics.py`), the page
+(`app.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import html
-import json
 import math
 import threading
 import time
@@ -26,23 +30,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import orjson
+
 from serving_kit import process_guard
+from serving_kit.card import card
 from serving_kit.errors import SettingError
-from serving_kit.settings import Settings
+from serving_kit.openapi import describe_knobs
+from serving_kit.records import BatchReason, Incident
+from serving_kit.settings import KNOBS, Settings
+from serving_kit.urls import browser_address
 
 THREAD_NAME = process_guard.THREAD_PREFIX + "panel"
 SECONDS = 120  # what the charts show
+REASONS = [reason.value for reason in BatchReason]
 _TICK_S, _IDLE_TICK_S = 0.25, 1.0
 _QUIET_TICKS = 8  # without a change, before the slower tick
-_MOST_OF_A_CORE = 0.02  # a slow machine gets fewer frames, not a slower model
+_MOST_OF_A_CORE = 0.01  # a slow machine gets fewer frames, not a slower model
+_CARD_S = 10.0  # between two pictures of the card behind a live panel
 _JOIN_S = 0.5
 _SIZE_ROWS = 24  # rows of the batch-size chart, which bounds a frame
+_KEPT_ERRORS = 8
 _MIME = "application/vnd.jupyter.widget-view+json"
+_COUNTS = ("queue_depth", "in_flight", "arrivals", "ok", "shed", "expired", "failed", "samples")
+_EVENTS = ("requests", "batches", "queue_depth", "in_flight", "settings", "state", "errors")
+_SILENT = b"0"  # a second in which nothing happened
 
 
 class Server(Protocol):
     """What the panel needs of a server."""
 
+    url: str
     token: str
 
     @property
@@ -55,101 +72,177 @@ class Server(Protocol):
     def tune(self, **knobs: Any) -> Settings:
         """Change knobs, all or none; raises `SettingError`."""
 
+    def errors(self) -> list[Incident]:
+        """The latest failures, newest first."""
+
+    def as_code(self) -> str:
+        """The call that makes this server with the settings in force."""
+
 
 def make_panel(server: Server) -> Panel:
     """The panel of `server`; call it once for each."""
     return Panel(server)
 
 
-def mimebundle(server: Any) -> dict[str, object]:
-    """What a notebook shows for `server`: its one panel, and a card for where nothing is live."""
-    panel: Panel = server.panel
-    return panel.bundle()
-
-
 class Panel:
-    """One panel, however often it is shown. Without anywidget there is only the static card.
+    """One panel, however often it is shown.
 
     Attributes:
-        widget: The anywidget, for `ipywidgets.VBox` and its like; None if anywidget is missing.
-        controls: The model that the sliders talk to; None likewise.
+        widget: For `ipywidgets.VBox` and its like: the live panel; without anywidget, plain sliders;
+            None without ipywidgets.
+        controls: The model that the live panel's sliders talk to; None without anywidget.
     """
 
     def __init__(self, server: Server) -> None:
         # Weak: a thread, or the widget registry, must not keep a server (and its model) alive.
         self._server = weakref.ref(server)
-        self._points: dict[int, dict[str, Any]] = {}
+        self._address = browser_address(int(server.url.rpartition(":")[2]))
+        self._seconds: dict[int, dict[str, Any]] = {}
+        self._rows: dict[int, bytes] = {}
         self._read_at = time.monotonic() - SECONDS
         self._snapshot: dict[str, Any] = {}
-        self._stop = threading.Event()
+        self._unsent = self._unprinted = self._moved = False
+        self._cost_ms = self._cost_kb = 0.0  # per second, smoothed
+        self._out_of_sight: set[str] = set()
+        self._in_sight: set[str] = set()
+        self._cards: Any = None  # what refreshes the card; None: never shown
+        self._card_at = 0.0
+        self._looking = threading.RLock()  # the publisher, and the cell that shows the card
+        self._wake = threading.Event()
+        self._finished = False
         self._thread: threading.Thread | None = None
         self.widget: Any = None
         self.controls: Any = None
         self._look(server)
+        self._make_widgets()
+        if not server.running:
+            self._finished = True
+        else:
+            self._thread = threading.Thread(target=self._publish, name=THREAD_NAME, daemon=True)
+            self._thread.start()
+
+    def _make_widgets(self) -> None:
         classes = _classes()
         if classes is not None:
             frames, controls = classes
             self.controls = controls()
-            self.controls.on_msg(functools.partial(_answer, self._server))
-            self.widget = frames(controls=self.controls, frame=self._frame())
-        if not server.running:
-            self._stop.set()
-        elif self.widget is not None:
-            self._thread = threading.Thread(target=self._publish, name=THREAD_NAME, daemon=True)
-            self._thread.start()
+            _take_replies_anywhere(self.controls)
+            self.controls.on_msg(functools.partial(_answer, weakref.ref(self)))
+            self.widget = frames(controls=self.controls, knobs=describe_knobs(), frame=self._frame())
+        else:
+            self.widget = _plain_sliders(self._server)
+
+    # -- showing it ------------------------------------------------------------------------------
+
+    def show(self, text: str = "") -> None:
+        """Display it in the running cell: the card, and what is live. In a terminal, `text`."""
+        from IPython.display import display
+
+        self._cards = display(self._card(text), raw=True, display_id=True)
+        self._card_at = time.monotonic()
+        if self.widget is not None:
+            # In a display of its own: a widget that is gone shows an error in place of its whole output.
+            display(self._view(), raw=True)
 
     def bundle(self) -> dict[str, object]:
-        """Mime types and contents for a notebook's output."""
-        server = self._server()
-        # A stopped server's window empties within seconds: its last picture says more.
-        snapshot = self._snapshot if server is None or not server.running else server.stats()
-        bundle: dict[str, object] = {"text/html": card(snapshot)}
-        if self.widget is not None:
-            bundle[_MIME] = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        return bundle
+        """Mime types and contents, for what shows one output only."""
+        return {**self._card(), **(self._view() if self.widget is not None else {})}
+
+    def _ipython_display_(self) -> None:
+        self.show(repr(self))
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, object]:
         return {"text/plain": repr(self), **self.bundle()}
 
+    def _view(self) -> dict[str, object]:
+        return {_MIME: {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}}
+
+    def _card(self, text: str = "") -> dict[str, object]:
+        server = self._server()
+        if server is not None and not self._finished:  # a stopped server's last picture says more
+            self._look(server)
+        self._unprinted = False
+        with self._looking:
+            points = [self._seconds[second] for second in sorted(self._seconds)]
+        busy = [i for i, point in enumerate(points) if point["arrivals"] or point["queue_depth"]]
+        mark = self.controls.model_id if self.controls is not None else ""
+        bundle: dict[str, object] = {
+            "text/html": card(self._snapshot, points[busy[0] :] if busy else (), mark)
+        }
+        return {"text/plain": text, **bundle} if text else bundle
+
+    def _refresh_card(self) -> None:
+        if self._cards is not None and self._unprinted:
+            self._card_at = time.monotonic()
+            self._cards.update(self._card(), raw=True)
+
     def finish(self) -> None:
         """Show the end of the server and end the thread; the last picture stays. Idempotent."""
-        if self._stop.is_set():
+        if self._finished:
             return  # and not look again: the numbers of the last 30 seconds would have gone
-        self._stop.set()
         try:
+            server = self._server()
+            self._finished = True
+            self._wake.set()
             if self._thread is not None:
                 self._thread.join(_JOIN_S)
-            server = self._server()
-            if server is not None and self._look(server):
+            if server is not None and (self._look(server) or self._unsent):
                 self._send()
+            self._refresh_card()
         except Exception as error:
             process_guard.keep(f"panel: {type(error).__name__}: {error}")
+
+    def _see(self, view: str, seen: bool) -> None:
+        """A view has come into sight, or gone out of it."""
+        self._in_sight.discard(view)
+        self._out_of_sight.discard(view)
+        (self._in_sight if seen else self._out_of_sight).add(view)
+        self._wake.set()
 
     # -- the publisher ---------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        quiet, wait = 0, _TICK_S
+        quiet, wait, last = 0, _TICK_S, time.monotonic()
         try:
-            while not self._stop.wait(wait):
+            while True:
+                self._wake.wait(wait)
+                self._wake.clear()
                 began = time.thread_time()
                 server = self._server()
-                if server is None:
+                if server is None or self._finished:
                     return
-                if self._look(server):
-                    self._send()
-                    quiet = 0
-                else:
-                    quiet += 1
+                sent = self._tick(server)
+                quiet = 0 if self._moved else quiet + 1
                 if not server.running:
                     return
                 del server  # while we sleep, nothing of ours holds it
-                cost = time.thread_time() - began
+                cost, now = time.thread_time() - began, time.monotonic()
+                share = 0.1 / max(now - last, _TICK_S)
+                self._cost_ms += share * cost * 1e3 - 0.1 * self._cost_ms
+                self._cost_kb += share * sent / 1e3 - 0.1 * self._cost_kb
+                last = now
                 wait = max(_TICK_S if quiet < _QUIET_TICKS else _IDLE_TICK_S, cost / _MOST_OF_A_CORE)
         except Exception as error:
             process_guard.keep(f"panel: {type(error).__name__}: {error}; it shows no more numbers")
 
+    def _tick(self, server: Server) -> int:
+        """Look, and tell whoever is watching. Returns how many bytes were sent."""
+        watched = self.controls is not None and bool(self._in_sight or not self._out_of_sight)
+        pause = _CARD_S if self.controls is not None else _IDLE_TICK_S
+        card_due = self._cards is not None and time.monotonic() - self._card_at >= pause
+        if not watched and not card_due and server.running:
+            return 0
+        self._unsent |= self._look(server)
+        if card_due:
+            self._refresh_card()
+        return self._send() if watched and self._unsent else 0
+
     def _look(self, server: Server) -> bool:
         """Read the server; return whether the picture has changed."""
+        with self._looking:
+            return self._read(server)
+
+    def _read(self, server: Server) -> bool:
         # Seconds that are over do not change (three for slow threads), so they are asked for once.
         now = time.monotonic()
         snapshot = server.stats(series=min(SECONDS, math.ceil(now - self._read_at) + 3))
@@ -157,54 +250,78 @@ class Panel:
         points = snapshot.pop("series")
         last = points[-1]["second"]
         for point in points:
-            point["sizes"] = {int(size): batches for size, batches in point["sizes"].items()}
-            before = self._points.get(point["second"])
-            if before is not None:  # what we saw between two batches counts as well
-                point["queue_depth"] = max(point["queue_depth"], before["queue_depth"])
-            self._points[point["second"]] = point
-        points[-1]["queue_depth"] = max(points[-1]["queue_depth"], snapshot["queue_depth"])
-        for second in [second for second in self._points if second <= last - SECONDS]:
-            del self._points[second]
+            self._seconds[point["second"]] = point
+            self._rows[point["second"]] = _row(point)
+        for second in [second for second in self._rows if second <= last - SECONDS]:
+            del self._rows[second], self._seconds[second]
         if not server.running and snapshot["state"] in ("ready", "draining"):
             snapshot["state"] = "stopped"
         if snapshot["reason"].startswith("replaced"):
             snapshot["state"] = "replaced"
-        before_this, self._snapshot = self._snapshot, snapshot
-        return _picture(before_this) != _picture(snapshot)
+        errors = server.errors()
+        snapshot["errors"] = errors[0].id if errors else ""
+        before, self._snapshot = self._snapshot, snapshot
+        changed = _picture(before) != _picture(snapshot)
+        # Else only the window of the last 30 seconds has moved on: once a second is enough for that.
+        self._moved = any(before.get(key) != snapshot[key] for key in _EVENTS)
+        self._unprinted |= changed
+        same = before.get("settings") == snapshot["settings"]
+        snapshot["code"] = before["code"] if same else server.as_code()
+        return changed
 
-    def _send(self) -> None:
-        if self.widget is not None:
-            self.widget.frame = self._frame()
+    def _send(self) -> int:
+        if self.controls is None:
+            return 0
+        self._unsent = False
+        frame = self._frame()
+        self.widget.frame = frame
+        return len(frame)
 
     def _frame(self) -> bytes:
-        """The picture as compact JSON: at most about 8 kB, bytes because they are not escaped again."""
-        snapshot = {key: value for key, value in self._snapshot.items() if key != "cost"}
-        snapshot["changes"] = [c for c in snapshot["changes"] if c["ago_s"] < SECONDS][-30:]
-        snapshot["series"] = _columns(self._points)
-        return json.dumps(snapshot, separators=(",", ":")).encode()
+        """The picture as compact JSON: at most about 14 kB, bytes because they are not escaped again."""
+        with self._looking:
+            snapshot = {key: value for key, value in self._snapshot.items() if key != "cost"}
+            seconds = sorted(self._rows)
+            rows = b",".join([self._rows[second] for second in seconds])
+        snapshot["changes"] = _recent(snapshot["changes"])
+        snapshot["browser"] = self._address._asdict()
+        snapshot["panel"] = {"ms": round(self._cost_ms, 2), "kb": round(self._cost_kb, 1)}
+        snapshot["first"] = seconds[0]
+        return orjson.dumps(snapshot)[:-1] + b',"rows":[' + rows + b"]}"
 
 
 def _picture(snapshot: Mapping[str, Any]) -> dict[str, Any]:
     """What a viewer would notice: time that passes is the browser's own business."""
-    return {key: value for key, value in snapshot.items() if key not in ("uptime_s", "cost", "changes")}
+    unseen = ("uptime_s", "cost", "changes", "code")
+    return {key: value for key, value in snapshot.items() if key not in unseen}
 
 
-def _columns(points: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The seconds as one list for each number, from the first with anything in it."""
-    seconds = sorted(points)
-    busy = [s for s in seconds if points[s]["queue_depth"] or points[s]["arrivals"] or points[s]["sizes"]]
-    first = busy[0] if busy else seconds[-1]
-    rows = [points.get(second, {}) for second in range(first, seconds[-1] + 1)]
-    largest = max((size for row in rows for size in row.get("sizes", ())), default=1)
-    step = math.ceil(largest / _SIZE_ROWS)
-    latencies = [row.get("latency_ms", {}) for row in rows]
-    return {
-        "second": first,
-        "queue_depth": [row.get("queue_depth", 0) for row in rows],
-        "step": step,
-        "sizes": [_digits(row.get("sizes", {}), step) for row in rows],
-        **{name: [_short(latency.get(name)) for latency in latencies] for name in ("p50", "p95", "p99")},
-    }
+def _recent(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The changes that the charts show, and of each knob the last: since when its value is in force."""
+    last = {name: id(change) for change in changes for name in change["knobs"]}
+    kept = [c for c in changes if c["ago_s"] < SECONDS or id(c) in last.values()]
+    return kept[-40:]
+
+
+def _row(point: Mapping[str, Any]) -> bytes:
+    """One second as compact JSON; `panel.js` (unpack) knows the order."""
+    if not any(point[name] for name in _COUNTS) and not point["sizes"]:
+        return _SILENT
+    sizes = {int(size): batches for size, batches in point["sizes"].items()}
+    step = math.ceil(max(sizes, default=1) / _SIZE_ROWS)
+    latency, padding = point["latency_ms"], point["padding"]
+    return orjson.dumps(
+        [
+            *(point[name] for name in _COUNTS),
+            *(_short(latency[name]) for name in ("p50", "p95", "p99")),
+            _short(point["queue_wait_ms"]["p50"]),
+            _short(point["forward_ms"]["p50"]),
+            None if padding is None else round(padding, 2),
+            step,
+            _digits(sizes, step),
+            [point["reasons"].get(reason, 0) for reason in REASONS] if sizes else 0,
+        ]
+    )
 
 
 def _digits(sizes: Mapping[int, int], step: int) -> str:
@@ -228,18 +345,27 @@ def _short(value: float | None) -> float | None:
 # -- the browser asks ------------------------------------------------------------------------------
 
 
-def _answer(server_ref: weakref.ref[Server], controls: Any, message: Any, buffers: Any) -> None:
+def _answer(panel_ref: weakref.ref[Panel], controls: Any, message: Any, buffers: Any) -> None:
     """Answer one message of the panel, in whichever thread the kernel reads it.
 
     On the same comm, and also a mere hello: the answer is what tells ipykernel 7.4 to hand the next
     message to the browser's own subshell, so that a slider works while a cell runs.
     """
     try:
-        server = server_ref()
+        panel = panel_ref()
+        server = panel._server() if panel is not None else None
         answer: dict[str, Any] = {"id": message["id"]}
         if message["kind"] == "hello":
             # Here and not in a trait: what is in a trait is saved with the notebook.
             answer["token"] = server.token if server is not None else None
+        elif message["kind"] == "seen" and panel is not None:
+            panel._see(str(message["view"]), message["seen"])
+        elif message["kind"] == "errors":
+            errors = server.errors()[:_KEPT_ERRORS] if server is not None else []
+            answer["errors"] = [
+                {"id": e.id, "wall": e.wall, "outcome": e.outcome, "error": e.error, "traceback": e.traceback}
+                for e in errors
+            ]
         elif server is None or not server.running:
             answer["error"] = "the server has stopped"
         else:
@@ -252,9 +378,19 @@ def _answer(server_ref: weakref.ref[Server], controls: Any, message: Any, buffer
         process_guard.keep(f"panel: {type(error).__name__}: {error}")
 
 
+def _take_replies_anywhere(widget: Any) -> None:
+    """Let the browser choose the shell that reads its messages, until we answer for the first time.
+
+    ipykernel 7.4 remembers the shell that opened a comm, which is the one that runs cells: after "Run
+    all", a slider would wait for the cell behind the panel. A private name, hence only if it is there;
+    else the first hello that is answered does the same.
+    """
+    getattr(getattr(widget, "comm", None), "__dict__", {}).pop("_reply_subshell_id", None)
+
+
 @functools.cache
 def _classes() -> tuple[Any, Any] | None:
-    """The two widget classes, or None where there are no widgets."""
+    """The two widget classes, or None where there is no anywidget."""
     try:
         import anywidget
         import ipywidgets
@@ -267,9 +403,10 @@ def _classes() -> tuple[Any, Any] | None:
 
     class _Frames(anywidget.AnyWidget):  # type: ignore[misc]
         # A str and not a Path: anywidget watches a path, and the watch keeps the widget forever.
-        _esm = (here / "panel.js").read_text(encoding="utf-8")
+        _esm = "".join((here / name).read_text(encoding="utf-8") for name in ("charts.js", "panel.js"))
         _css = page.partition('<style id="panel">')[2].partition("</style>")[0]
         frame = traitlets.Bytes().tag(sync=True)
+        knobs = traitlets.Dict().tag(sync=True)
         controls = traitlets.Instance(ipywidgets.Widget).tag(sync=True, **ipywidgets.widget_serialization)
 
     class _Controls(ipywidgets.Widget):  # type: ignore[misc]
@@ -278,34 +415,42 @@ def _classes() -> tuple[Any, Any] | None:
     return _Frames, _Controls
 
 
-# -- where nothing is live -------------------------------------------------------------------------
+def _plain_sliders(server_ref: weakref.ref[Server]) -> Any:
+    """The knobs as plain ipywidgets, below the card; None without ipywidgets."""
+    try:
+        import ipywidgets
+    except ImportError:
+        return None
+    server = server_ref()
+    assert server is not None
+    settings, refusal = server.stats()["settings"], ipywidgets.HTML()
 
+    def control(name: str) -> Any:
+        knob, value = KNOBS[name], settings[name]
+        text = {"description": name, "tooltip": knob.doc, "style": {"description_width": "11em"}}
+        if knob.kind is bool:
+            return ipywidgets.Checkbox(value=value, indent=False, **text)
+        if knob.choices:
+            return ipywidgets.Dropdown(value=value, options=knob.choices, **text)
+        if knob.auto:
+            return ipywidgets.Text(value=str(value), continuous_update=False, **text)
+        kind = ipywidgets.BoundedIntText if knob.kind is int else ipywidgets.BoundedFloatText
+        return kind(value=value, min=knob.low, max=knob.high, **text)
 
-def card(snapshot: Mapping[str, Any]) -> str:
-    """The last numbers as HTML that GitHub shows too: no style, no script, every text escaped."""
-    window, requests = snapshot["window"], snapshot["requests"]
-    latency = window["latency_ms"]
-    rows = {
-        "state": snapshot["reason"] or snapshot["state"],
-        "address": snapshot.get("url", ""),
-        "answered": f"{requests['ok']:,}",
-        "shed, expired, failed": " / ".join(f"{requests[k]:,}" for k in ("shed", "expired", "failed")),
-        "answers per second": f"{window['answers_per_s']:,.1f}",
-        "latency p50, p95, p99": " / ".join(_number(latency[k]) for k in ("p50", "p95", "p99")) + " ms",
-        "mean batch": _number(window["batch_size_mean"]),
-        "waiting": f"{snapshot['queue_depth']:,}",
-    }
-    title = f"{snapshot['model']} ({snapshot['task']}, {snapshot['device']})"
-    body = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in rows.items())
-    return (
-        f"<table><caption><b>{_text(snapshot['name'])}</b>: {_text(title)}</caption>"
-        f"<tbody>{body}</tbody></table>"
-    )
+    def listen(name: str, event: Any) -> None:
+        server, value = server_ref(), event["new"]
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        try:
+            if server is not None:
+                server.tune(**{name: value})
+            refusal.value = ""
+        except SettingError as error:
+            refusal.value = html.escape(str(error))
 
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}"
+    box = []
+    for name in KNOBS:
+        one = control(name)
+        one.observe(functools.partial(listen, name), "value")
+        box.append(one)
+    return ipywidgets.VBox([*box, refusal])

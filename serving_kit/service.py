@@ -212,7 +212,8 @@ class Service:
             ServingError: as the block did; any other exception becomes a `ModelFailed`.
         """
         now = self.clock()
-        self.metrics.add_arrival(now, self.batcher.scheduler.queue_depth)
+        scheduler = self.batcher.scheduler
+        self.metrics.add_arrival(now, scheduler.queue_depth, scheduler.in_flight)
         return Ticket(self, now, now + self.settings.timeout_s)
 
     async def predict(
@@ -318,7 +319,10 @@ class Service:
         history: dict[str, Any] = {}
         if series:
             changes = [{"ago_s": round(now - c.at, 3), "knobs": dict(c.knobs)} for c in self.changes]
-            history = {"series": self.metrics.series(now, series), "changes": changes}
+            points = self.metrics.series(now, series)
+            points[-1]["queue_depth"] = max(points[-1]["queue_depth"], scheduler.queue_depth)
+            points[-1]["in_flight"] = max(points[-1]["in_flight"], scheduler.in_flight)
+            history = {"series": points, "changes": changes}
         return {
             "name": self.name,
             "model": self.model_name,

@@ -66,7 +66,43 @@ clients = [threading.Thread(target=client, daemon=True) for _ in range(12)]
 for each in clients:
     each.start()
 """
-CELLS = [SERVE, "server", "time.sleep(6)", "going.clear(); server.stop()", "server"]
+OVERLOAD = """
+def reverse(texts):
+    time.sleep(0.012 + 0.003 * len(texts))
+    if random.random() < 0.01:
+        raise LookupError("deep inside the model")
+    return [text[::-1] for text in texts]
+
+server = serving_kit.serve(reverse, port=0, name="overload", max_batch_size=16)
+rate = 6
+
+def one_of_many():
+    while going.is_set():
+        try:
+            server("test")
+        except Exception:
+            time.sleep(0.05)
+        time.sleep(random.expovariate(rate))
+
+crowd = [threading.Thread(target=one_of_many, daemon=True) for _ in range(60)]
+for each in crowd[:16]:
+    each.start()
+"""
+WORSE = """
+time.sleep(12)
+server.tune(max_batch_size=4)
+time.sleep(5)
+server.tune(max_queue_size=12)
+for each in crowd[16:]:
+    each.start()
+time.sleep(7)
+"""
+NOTEBOOKS = {
+    "panel": [SERVE, "server", "time.sleep(6)", "going.clear(); server.stop()", "server"],
+    # To be run all at once: the panel is followed by cells that keep the kernel busy from its first moment.
+    "overload": [f"{SERVE}\nserver.stop()\n{OVERLOAD}", "server", WORSE, "going.clear()"],
+    "all": [SERVE, "server", "time.sleep(10)", "import asyncio\nawait asyncio.sleep(8)"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +110,12 @@ def lab(tmp_path_factory):
     """A JupyterLab of its own, with nothing of the user's; gives its URL."""
     root, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
     blank = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
-    cells = [{"id": f"cell{i}", "source": source, **blank} for i, source in enumerate(CELLS)]
     # Without a kernelspec JupyterLab asks for one in a dialog that swallows every click.
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    (root / "panel.ipynb").write_text(json.dumps(notebook))
+    for name, sources in NOTEBOOKS.items():
+        cells = [{"id": f"cell{i}", "source": source, **blank} for i, source in enumerate(sources)]
+        notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+        (root / f"{name}.ipynb").write_text(json.dumps(notebook))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     places = (
@@ -173,7 +210,7 @@ def setting(url, name="max_batch_size"):
 
 def settled(page, panel, url):
     """The batch size in force, once the panel says the same."""
-    assert until(page, lambda: panel.get_by_text(f"Batch size {setting(url)}: in force since").count())
+    assert until(page, lambda: panel.get_by_text(f"max_batch_size {setting(url)}: in force since").count())
     return setting(url)
 
 
@@ -221,7 +258,7 @@ def test_in_jupyterlab(lab):
         panel = page.locator(".sk").first
         panel.wait_for()
         url = re.search(r"http://127\.0\.0\.1:\d+", panel.locator("code").text_content())[0]
-        slider = panel.get_by_role("slider", name="Batch size")
+        slider = panel.get_by_role("slider", name="max_batch_size")
 
         # The numbers move while requests flow.
         before = read(panel, "ok")
@@ -247,13 +284,13 @@ def test_in_jupyterlab(lab):
 
         # A refused value says why, and what is in force stays and comes back.
         moved = settled(page, panel, url)
-        field = panel.get_by_label("Batch size, items")
+        field = panel.get_by_label("max_batch_size, items")
         field.fill("5000")
         field.press("Enter")
         panel.get_by_text("max_batch_size must be a whole number from 1 to 4,096").wait_for()
         assert until(page, lambda: field.input_value() == str(moved))
         assert setting(url) == moved
-        panel.get_by_label("Batch like lengths together").uncheck()
+        panel.get_by_label("group_by_length").uncheck()
         assert until(page, lambda: setting(url, "group_by_length") is False)
         page.wait_for_timeout(1500)
         panel.screenshot(path=PICTURES / "lab-light.png")
@@ -284,9 +321,155 @@ def test_in_jupyterlab(lab):
         second.locator(".state", has_text="the server has stopped").wait_for()
         assert read(second, "ok") == read(panel, "ok") > 20
         assert read(second, "answers/s") > 0
-        assert second.get_by_role("slider", name="Batch size").is_disabled()
+        assert second.get_by_role("slider", name="max_batch_size").is_disabled()
         assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
         page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+        page.wait_for_timeout(500)
+
+
+def command(page, name, arguments="{}"):
+    """Begin one of JupyterLab's commands; some end only when all cells have run."""
+    page.evaluate(f"void jupyterapp.commands.execute('{name}', {arguments})")
+
+
+def test_run_all_with_a_busy_kernel_from_the_first_moment_and_then_no_kernel(lab):
+    # JupyterLab itself complains about the widget that is gone with its kernel.
+    with chromium(forgive="widget model not found") as page:
+        page.goto(f"{lab}/lab/tree/all.ipynb?reset")
+        cell(page, 3).wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        run_first_cell(page)
+        has_run(page, 0, 1)
+        command(page, "notebook:run-all-below")
+        panel = page.locator(".sk").first
+        panel.wait_for()
+        url = re.search(r"http://127\.0\.0\.1:\d+", panel.locator("code").first.text_content())[0]
+        slider = panel.get_by_role("slider", name="max_batch_size")
+
+        def running(index):
+            return cell(page, index).locator('.jp-InputPrompt:has-text("[*]")').count() == 1
+
+        # The first touch ever comes while a blocking cell runs that was there before the panel was.
+        panel.get_by_text("Copy token").wait_for(timeout=5000)
+        drag(page, slider, 0.25)
+        assert until(page, lambda: setting(url) < 16, seconds=3)
+        moved = settled(page, panel, url)
+        assert running(2)
+
+        # Then during a cell that awaits.
+        assert until(page, lambda: not running(2))
+        page.wait_for_timeout(500)
+        for to in (0.5, 0.3, 0.6):
+            drag(page, slider, to)
+        assert until(page, lambda: setting(url) > moved + 10, seconds=3)
+        settled(page, panel, url)
+        assert running(3)
+        assert until(page, lambda: not running(3))
+
+        # The static card is there, but out of sight for as long as the panel lives.
+        card = page.locator(".jp-OutputArea [data-serving-kit]")
+        assert card.count() == 1
+        assert not card.is_visible()
+        page.wait_for_timeout(10_000)  # the card in the notebook is renewed every 10 s
+        command(page, "docmanager:save")
+        page.wait_for_timeout(1000)
+
+        # Without its kernel the notebook shows the card, and no error.
+        page.evaluate("jupyterapp.serviceManager.sessions.shutdownAll()")
+        page.goto("about:blank")
+        page.goto(f"{lab}/lab/tree/all.ipynb?reset")
+        card.wait_for()
+        page.wait_for_timeout(4000)
+        assert card.is_visible()
+        assert card.locator("img").is_visible()
+        assert int(re.search(r"answered([\d,]+)", card.text_content())[1].replace(",", "")) > 20
+        assert not page.get_by_text("Error displaying widget").is_visible()
+        cell(page, 1).screenshot(path=PICTURES / "lab-no-kernel.png")
+
+
+def test_overload_and_errors_are_seen(lab):
+    frames = []
+
+    def hear(data):
+        if isinstance(data, bytes) and b'"buffer_paths"' in data:
+            frames.append(data)
+
+    def listen(socket):
+        socket.on("framereceived", hear)
+
+    with chromium() as page:
+        page.on("websocket", listen)
+        page.goto(f"{lab}/lab/tree/overload.ipynb?reset")
+        cell(page, 3).wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        command(page, "application:toggle-left-area")
+        command(page, "apputils:change-theme", "{theme: 'JupyterLab Light'}")
+        run_first_cell(page)
+        has_run(page, 0, 1)
+        run_cell(page, 1)
+        panel = page.locator(".sk").first
+        panel.wait_for()
+        state = panel.locator(".state")
+        assert state.text_content() == "● ready"
+        run_cell(page, 2)
+        assert until(page, lambda: state.text_content() == "● overloaded", seconds=30)
+        assert until(page, lambda: read(panel, "shed") > 100)
+        page.wait_for_timeout(3500)
+        panel.screenshot(path=PICTURES / "lab-overload.png")
+        if os.environ.get("UPDATE_PICTURES") == "1":
+            shutil.copy(PICTURES / "lab-overload.png", REPOSITORY / "docs" / "panel.png")
+        assert read(panel, "p99 ms") > 0
+        assert panel.get_by_text(re.compile("This panel costs .* ms and .* kB per second")).count() == 1
+
+        # Every chart tells one second: the newest, or the one under the cursor.
+        requests = panel.get_by_role("img", name="Requests per second: ")
+
+        def arrivals():
+            return int(re.search(r"in ([\d,]+)", requests.get_attribute("aria-label"))[1].replace(",", ""))
+
+        assert arrivals() > 50
+        box = requests.bounding_box()
+        page.mouse.move(box["x"] + 45, box["y"] + 20)
+        assert until(page, lambda: arrivals() == 0)
+        page.mouse.move(5, 5)
+        assert until(page, lambda: arrivals() > 50)
+        charts = panel.get_by_role("group", name="The last two minutes")
+        charts.focus()
+        for _ in range(28):
+            page.keyboard.press("ArrowLeft")
+        assert until(page, lambda: arrivals() < 50)
+        page.keyboard.press("Escape")
+        assert until(page, lambda: arrivals() > 50)
+
+        # What failed, with its traceback, and nothing printed into a cell.
+        failures = panel.locator(".errors > summary")
+        assert "last incident" in failures.text_content()
+        failures.click()
+        panel.locator(".errors details summary").first.click()
+        trace = panel.locator("pre").first
+        assert "LookupError: deep inside the model" in trace.text_content()
+        assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
+        panel.get_by_text("4 more").click()
+        page.set_viewport_size({"width": 1280, "height": 1700})
+        command(page, "apputils:change-theme", "{theme: 'JupyterLab Dark'}")
+        assert until(page, lambda: panel.evaluate("node => getComputedStyle(node).colorScheme") == "dark")
+        page.wait_for_timeout(300)
+        panel.screenshot(path=PICTURES / "lab-overload-dark.png")
+        command(page, "apputils:change-theme", "{theme: 'JupyterLab Light'}")
+
+        # Out of sight nothing is sent; back in sight it comes at once.
+        page.set_viewport_size({"width": 1280, "height": 600})
+        cell(page, 0).scroll_into_view_if_needed()
+        page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+        page.wait_for_timeout(4000)
+        frames.clear()
+        page.wait_for_timeout(1500)
+        assert frames == []
+        panel.scroll_into_view_if_needed()
+        assert until(page, lambda: len(frames) > 2, seconds=3)
+        run_cell(page, 3)
+        has_run(page, 3, 4)
+        command(page, "docmanager:save")
         page.wait_for_timeout(500)
 
 
@@ -328,7 +511,7 @@ def test_as_a_page(busy):
         assert panel.locator("code").text_content().endswith(f" {url}/")
 
         # Read-only without the token.
-        slider, token = panel.get_by_role("slider", name="Batch size"), panel.get_by_placeholder("token")
+        slider, token = panel.get_by_role("slider", name="max_batch_size"), panel.get_by_placeholder("token")
         assert slider.is_disabled()
         token.fill("wrong")
         token.press("Enter")

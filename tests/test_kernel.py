@@ -65,6 +65,7 @@ class Kernel:
         self.manager.start_kernel(cwd=str(REPOSITORY))
         self.cells: dict[str, Cell] = {}
         self.strays: list[dict[str, Any]] = []
+        self.comms: dict[str, list[dict[str, Any]]] = {}  # what was sent to the browser's models, by id
         self.connect()
 
     def connect(self) -> None:
@@ -141,6 +142,8 @@ class Kernel:
 
     def hear(self, message: dict[str, Any]) -> None:
         kind, content = message["msg_type"], message["content"]
+        if kind == "comm_msg":
+            self.comms.setdefault(content["comm_id"], []).append(content["data"])
         cell = self.cells.get(message["parent_header"].get("msg_id", ""))
         if cell is None:
             if kind in ("stream", "error", "display_data", "execute_result"):
@@ -272,9 +275,10 @@ def test_curl_is_answered_as_the_guide_shows_it(kernel: Kernel) -> None:
 
 def test_displaying_the_server_says_what_it_is_in_text(kernel: Kernel) -> None:
     url = kernel.serve()
-    cell = kernel.run("server")
-    assert url in cell.text
-    assert "double" in cell.text
+    shown, *live = kernel.run("server").displayed
+    assert url in shown["text/plain"]
+    assert "double" in shown["text/plain"]
+    assert all("text/plain" not in each for each in live)
 
 
 def test_an_async_cell_awaits_an_answer_while_its_loop_goes_on(kernel: Kernel) -> None:
@@ -408,6 +412,106 @@ def interrupt_until_idle(kernel: Kernel, cell: Cell) -> None:
             kernel.finish(cell, 4)
             return
     pytest.fail(f"■ does not end {cell.code!r}")
+
+
+# -- the panel's messages, as the browser sends and gets them ------------------------------------------
+
+
+@pytest.fixture
+def subshell(kernel: Kernel) -> Iterator[str]:
+    """A subshell, as JupyterLab asks for one for its widgets."""
+    client = kernel.client
+    client.kernel_info()
+    info = client.get_shell_msg(timeout=20)
+    while info["msg_type"] != "kernel_info_reply":
+        info = client.get_shell_msg(timeout=20)
+    if "kernel subshells" not in info["content"].get("supported_features", ()):
+        pytest.skip("this kernel has no subshells")
+    client.control_channel.send(client.session.msg("create_subshell_request"))
+    ident = client.get_control_msg(timeout=20)["content"]["subshell_id"]
+    yield ident
+    client.control_channel.send(client.session.msg("delete_subshell_request", {"subshell_id": ident}))
+    client.get_control_msg(timeout=20)
+
+
+def say(kernel: Kernel, comm: str, content: dict[str, Any], subshell: str | None) -> None:
+    """What the panel's script does with `controls.send`."""
+    data = {"method": "custom", "content": content}
+    message = kernel.client.session.msg("comm_msg", {"comm_id": comm, "data": data})
+    message["header"]["subshell_id"] = subshell
+    kernel.client.shell_channel.send(message)
+
+
+def show_panel(kernel: Kernel) -> tuple[str, str]:
+    """Show the server in a cell; the ids of its two models."""
+    card, view = kernel.run("server").displayed
+    assert set(card) == {"text/html", "text/plain"}
+    assert set(view) == {"application/vnd.jupyter.widget-view+json"}
+    return kernel.value("[server.panel.widget.comm.comm_id, server.panel.controls.comm.comm_id]")
+
+
+def test_the_first_touch_of_a_slider_counts_while_a_cell_blocks(kernel: Kernel, subshell: str) -> None:
+    url = kernel.serve()
+    _, controls = show_panel(kernel)
+    cell = kernel.begin("import time; time.sleep(4)")
+    say(kernel, controls, {"kind": "tune", "id": "1", "knobs": {"max_batch_size": 5}}, subshell)
+    kernel.listen_until(lambda: kernel.comms.get(controls), 3, "an answer")
+    answer = kernel.comms[controls][-1]["content"]
+    assert (answer["id"], answer["settings"]["max_batch_size"]) == ("1", 5)
+    assert httpx.get(f"{url}/settings", trust_env=False).json()["max_batch_size"] == 5
+    say(kernel, controls, {"kind": "tune", "id": "2", "knobs": {"max_batch_size": 0}}, subshell)
+    kernel.listen_until(lambda: len(kernel.comms[controls]) == 2, 3, "a refusal")
+    assert "max_batch_size must be" in kernel.comms[controls][-1]["content"]["error"]
+    assert not cell.idle
+    kernel.finish(cell)
+
+
+def test_a_touch_counts_while_a_cell_awaits(kernel: Kernel, subshell: str) -> None:
+    kernel.serve()
+    _, controls = show_panel(kernel)
+    cell = kernel.begin("import asyncio; await asyncio.sleep(4)")
+    for size in range(1, 8):
+        say(kernel, controls, {"kind": "tune", "id": str(size), "knobs": {"max_batch_size": size}}, subshell)
+    kernel.listen_until(lambda: len(kernel.comms.get(controls, ())) == 7, 3, "seven answers")
+    assert not cell.idle
+    kernel.finish(cell)
+    assert kernel.value("server.settings.max_batch_size") == 7
+
+
+def test_without_a_subshell_a_touch_counts_when_the_cell_has_ended(kernel: Kernel) -> None:
+    kernel.serve()
+    _, controls = show_panel(kernel)
+    cell = kernel.begin("import time; time.sleep(1)")
+    say(kernel, controls, {"kind": "tune", "id": "1", "knobs": {"max_batch_size": 5}}, None)
+    kernel.finish(cell)
+    kernel.listen_until(lambda: kernel.comms.get(controls), 5, "an answer")
+    assert kernel.value("server.settings.max_batch_size") == 5
+
+
+def test_frames_come_while_a_cell_blocks_and_none_in_silence(kernel: Kernel) -> None:
+    url = kernel.serve()
+    frames, _ = show_panel(kernel)
+    sent = kernel.comms.setdefault(frames, [])
+    kernel.run("import time; time.sleep(1)")
+    assert sent == []
+    cell = kernel.begin("time.sleep(3)")
+    for _ in range(8):
+        ask(url)
+        kernel.listen(0.2)
+    kernel.listen_until(lambda: len(sent) >= 4, 2, "four frames")
+    assert not cell.idle
+    kernel.finish(cell)
+    assert all(each["buffer_paths"] == [["frame"]] and not each["state"] for each in sent)
+
+
+def test_fifty_panels_leave_no_widget_behind(kernel: Kernel) -> None:
+    kernel.serve()
+    show_panel(kernel)
+    count = "len(__import__('ipywidgets').widgets.widget._instances)"
+    before = kernel.value(count)
+    for _ in range(10):
+        kernel.run("server\nfrom IPython.display import display\nfor _ in range(5): display(server)")
+    assert kernel.value(count) == before
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------

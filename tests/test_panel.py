@@ -15,11 +15,13 @@ ipywidgets = pytest.importorskip("ipywidgets")
 import serving_kit
 from serving_kit import panel as panel_module
 from serving_kit import process_guard
+from serving_kit.metrics import HISTORY_S
 from serving_kit.settings import KNOBS
 from tests.conftest import until
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-SCRIPT = Path(panel_module.__file__).with_name("panel.js")
+PLACE = Path(panel_module.__file__).parent
+SCRIPT = "".join(PLACE.joinpath(name).read_text() for name in ("charts.js", "panel.js"))
 
 
 def shout(texts):
@@ -60,15 +62,35 @@ def ask(panel, message):
 def test_numbers_move_while_requests_flow(server):
     sent = count_frames(server.panel)
     server(["a", "b", "c"])
-    assert until(lambda: sent and json.loads(sent[-1])["requests"]["ok"] == 1)
+    assert until(lambda: sent and json.loads(sent[-1])["items"] == 3)
     shown = json.loads(sent[-1])
     assert shown["url"] == server.url
     assert shown["window"]["latency_ms"]["p99"] > 0
-    series = shown["series"]
-    assert "3" in [str(len(sizes) * series["step"]) for sizes in series["sizes"] if sizes]
-    assert any(value is not None for value in series["p50"])
-    lengths = {len(series[name]) for name in ("queue_depth", "sizes", "p50", "p95", "p99")}
-    assert len(lengths) == 1
+    row = [row for row in shown["rows"] if row][-1]
+    depth, in_flight, arrivals, ok, *bad, samples, p50, p95, p99, wait, forward, padding, step, sizes, why = (
+        row
+    )
+    assert (arrivals, ok, bad, samples) == (1, 1, [0, 0, 0], 1)
+    assert in_flight >= depth
+    assert p99 >= p95 >= p50 > 0
+    assert p50 + 0.1 >= wait + forward > 0
+    assert (padding, len(sizes) * step) == (0, 3)
+    assert sum(why) == 1
+    assert shown["panel"]["ms"] >= 0
+
+
+def test_the_frame_has_what_stats_has(server):
+    server(["a", "b"])
+    assert until(lambda: server.stats()["items"] == 2)
+    shown, stats = frame(server.panel), server.stats(series=panel_module.SECONDS)
+    for key in ("requests", "batches", "items", "settings", "model", "state"):
+        assert shown[key] == stats[key]
+    rows = {shown["first"] + i: row for i, row in enumerate(shown["rows"])}
+    for point in stats["series"]:
+        if point["arrivals"]:
+            row = rows[point["second"]]
+            assert row[2:7] == [point[key] for key in ("arrivals", "ok", "shed", "expired", "failed")]
+            assert row[-1] == [point["reasons"].get(reason, 0) for reason in panel_module.REASONS]
 
 
 def test_nothing_is_sent_while_nothing_changes(server):
@@ -88,18 +110,48 @@ def test_a_moved_knob_is_marked(server):
 
 
 def test_a_full_frame_is_small_and_quick():
-    many_sizes = {size: size for size in range(1, 4097, 7)}
-    latency = {"p50": 123.456, "p95": 1234.567, "p99": 12345.678}
-    busy = {"queue_depth": 99_999, "arrivals": 9, "sizes": many_sizes, "latency_ms": latency}
-    columns = panel_module._columns(dict.fromkeys(range(100_000, 100_120), busy))
-    assert len(json.dumps(columns, separators=(",", ":"))) < 8192
-    assert max(map(len, columns["sizes"])) <= 24
+    times = {"p50": 123.456, "p95": 1234.567, "p99": 12345.678}
+    busy = {
+        **dict.fromkeys(panel_module._COUNTS, 99_999),
+        **dict.fromkeys(("latency_ms", "queue_wait_ms", "forward_ms"), times),
+        "sizes": {str(size): size for size in range(1, 4097, 7)},
+        "reasons": dict.fromkeys(panel_module.REASONS, 999),
+        "padding": 0.123,
+    }
+    row = panel_module._row(busy)
+    assert len(row) * panel_module.SECONDS < 20_000
+    assert len(json.loads(row)[-2]) <= 24
+    silent = {**busy, **dict.fromkeys(panel_module._COUNTS, 0), "sizes": {}}
+    assert panel_module._row(silent) == b"0"
 
 
 def test_sizes_as_digits():
     assert panel_module._digits({}, 1) == ""
     assert panel_module._digits({1: 1, 3: 8}, 1) == "108"
     assert panel_module._digits({1: 1, 2: 1, 6: 2}, 2) == "505"
+
+
+def test_out_of_sight_nothing_is_sent_and_nothing_is_lost(server):
+    panel = server.panel
+
+    def see(view, seen):
+        assert ask(panel, {"kind": "seen", "id": 1, "view": view, "seen": seen}) == [{"id": 1}]
+
+    see("one", True)
+    see("two", False)
+    sent = count_frames(panel)
+    server("a")
+    assert until(lambda: sent), "one of two views is in sight"
+    see("one", False)
+    time.sleep(0.1)  # for a frame that is under way
+    sent.clear()
+    for _ in range(3):
+        server("b")
+        time.sleep(0.2)
+    assert sent == []
+    see("two", True)
+    assert until(lambda: sent)
+    assert json.loads(sent[-1])["requests"]["ok"] == 4
 
 
 # -- life -----------------------------------------------------------------------------------------
@@ -137,6 +189,23 @@ def test_a_replaced_server_says_so(server):
         assert publishers() == []
 
 
+def test_while_a_newer_run_loads_the_panel_says_so(server, monkeypatch):
+    from serving_kit import kit
+
+    panel, seen = server.panel, []
+
+    def load(*args, **more):
+        assert until(lambda: "newer run is loading" in frame(panel)["reason"])
+        seen.append(frame(panel)["state"])
+        raise serving_kit.StartError("no such model")
+
+    monkeypatch.setattr(kit, "load_model", load)
+    with pytest.raises(serving_kit.StartError):
+        serving_kit.serve("no/such", port=0)
+    assert seen == ["ready"]
+    assert until(lambda: frame(panel)["reason"] == "")
+
+
 def test_displays_leave_nothing_behind(server):
     def widgets():
         return len(ipywidgets.widgets.widget._instances)
@@ -150,7 +219,8 @@ def test_displays_leave_nothing_behind(server):
 
 def test_the_publisher_keeps_no_server_alive():
     class Fleeting:
-        token, running = "t", True
+        url, token, running = "http://127.0.0.1:1", "t", True
+        errors, as_code, tune = list, str, None
 
         def stats(self, series=0):
             return server.stats(series)
@@ -188,6 +258,22 @@ def test_a_slider_tunes_the_server(server):
     answers = ask(server.panel, {"kind": "tune", "id": 7, "knobs": {"max_batch_size": 3}})
     assert server.settings.max_batch_size == 3
     assert answers == [{"id": 7, "settings": server.settings.to_dict()}]
+
+
+def test_the_last_errors_come_with_their_incidents_and_tracebacks():
+    def broken(texts):
+        raise LookupError("deep inside")
+
+    with serving_kit.serve(broken, port=0) as server:
+        panel = server.panel
+        with pytest.raises(serving_kit.ModelFailed):
+            server("a")
+        [answer] = ask(panel, {"kind": "errors", "id": 3})
+        [error] = answer["errors"]
+        assert error["id"] == server.errors()[0].id
+        assert "LookupError: deep inside" in error["traceback"]
+        assert until(lambda: frame(panel)["errors"] == error["id"])
+        assert "deep inside" not in panel.widget.frame.decode(), "a frame may be saved with the notebook"
 
 
 @pytest.mark.parametrize(
@@ -238,15 +324,28 @@ def test_the_card_escapes_what_others_wrote():
 
 
 def test_works_without_widgets(server, monkeypatch):
-    for name in ("anywidget", "ipywidgets"):
-        monkeypatch.setitem(sys.modules, name, None)
-        panel_module._classes.cache_clear()
-        panel = panel_module.make_panel(server)
-        assert panel.widget is None
-        assert set(panel.bundle()) == {"text/html"}
-        panel.finish()
+    monkeypatch.setattr(panel_module, "_classes", panel_module._classes.__wrapped__)
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    panel = panel_module.make_panel(server)
+    assert set(panel.bundle()) == {"text/html", VIEW}
+    controls = {each.description: each for each in panel.widget.children[:-1]}
+    assert set(controls) == set(KNOBS)
+    controls["max_batch_size"].value = 5
+    controls["max_batch_tokens"].value = "4000"
+    assert (server.settings.max_batch_size, server.settings.max_batch_tokens) == (5, 4000)
+    controls["max_batch_tokens"].value = "<b>many"
+    assert "max_batch_tokens must be" in panel.widget.children[-1].value
+    assert "<b>" not in panel.widget.children[-1].value
+    controls["max_batch_tokens"].value = "auto"
+    assert server.settings.max_batch_tokens == "auto"
+    assert panel.widget.children[-1].value == ""
+    panel.finish()
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    panel = panel_module.make_panel(server)
+    assert panel.widget is None
+    assert set(panel.bundle()) == {"text/html"}
+    panel.finish()
     assert publishers() == []
-    panel_module._classes.cache_clear()
 
 
 def test_importing_the_kit_imports_no_widgets():
@@ -257,26 +356,60 @@ def test_importing_the_kit_imports_no_widgets():
 # -- the script -----------------------------------------------------------------------------------
 
 
-def test_the_script_knows_the_knobs():
-    knobs = json.loads(re.search(r"const KNOBS = (\[.*?\]);", SCRIPT.read_text(), re.S)[1])
-    for knob in knobs:
-        known = KNOBS[knob["name"]]
-        assert (knob.get("low"), knob.get("high"), knob.get("unit", "")) == (
-            known.low,
-            known.high,
-            known.unit,
-        )
+def test_the_script_knows_the_reasons_and_the_knobs(server):
+    def names(constant):
+        return json.loads(re.search(rf"const {constant} = (\[.*?\]);", SCRIPT)[1])
+
+    assert set(panel_module.REASONS) <= set(names("REASONS"))
+    assert list(frame(server.panel)["batches"]) == panel_module.REASONS, "rows count in this order"
+    assert set(names("FIRST")) <= set(KNOBS)
+    assert set(server.panel.widget.knobs) == set(KNOBS)
 
 
 def test_the_script_needs_nothing_from_elsewhere():
-    text = SCRIPT.read_text() + SCRIPT.with_name("panel.html").read_text()
+    text = SCRIPT + PLACE.joinpath("panel.html").read_text()
     assert "//cdn" not in text
     assert not re.search(r"https?://", text)
-    assert not re.search(r"^\s*import .* from ", SCRIPT.read_text(), re.M)
-    assert len(SCRIPT.read_bytes()) <= 20 * 1024
+    assert not re.search(r"^\s*import .* from ", SCRIPT, re.M)
+
+
+@pytest.mark.parametrize("name", ["charts.js", "panel.js"])
+def test_the_script_is_small(name):
+    assert len(PLACE.joinpath(name).read_bytes()) <= 20_000
 
 
 def test_the_notebook_looks_like_the_page(server):
     css = server.panel.widget._css
     assert css.lstrip().startswith(".sk {")
-    assert css in SCRIPT.with_name("panel.html").read_text()
+    assert css in PLACE.joinpath("panel.html").read_text()
+
+
+# -- the numbers elsewhere --------------------------------------------------------------------------
+
+
+def test_history_is_a_table_of_what_the_panel_shows(server, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    server(["a", "b", "c"])
+    assert until(lambda: server.stats()["items"] == 3)
+    table = server.history()
+    assert isinstance(table, pandas.DataFrame)
+    assert table.index.name == "ago_s"
+    assert (table.index[0], table.index[-1]) == (HISTORY_S - 1, 0)
+    assert (table.ok.sum(), table.batches.sum(), table.batch_size_mean.max()) == (1, 1, 3)
+    assert table["latency_ms.p50"].max() > 0
+    assert table.filter(like="batches.").sum().sum() == 1
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    rows = server.history()
+    assert rows[-1]["ago_s"] == 0
+    assert set(rows[-1]) == {*table.columns, "ago_s"}
+
+
+def test_the_call_as_code(serve):
+    server = serve(shout, name="loud", max_batch_size=4)
+    server.tune(overload_status=429, max_wait_ms=2)
+    code = server.as_code()
+    expected = "port=0, name='loud', max_batch_size=4, max_wait_ms=2.0, overload_status=429"
+    assert code == f"serving_kit.serve(shout, {expected})"
+    assert until(lambda: frame(server.panel)["code"] == code)
+    again = eval(code, {"serving_kit": serving_kit, "shout": shout})
+    assert again.settings == server.settings
