@@ -100,7 +100,7 @@ time.sleep(7)
 NOTEBOOKS = {
     "panel": [SERVE, "server", "time.sleep(6)", "going.clear(); server.stop()", "server"],
     # To be run all at once: the panel is followed by cells that keep the kernel busy from its first moment.
-    "overload": [f"{SERVE}\nserver.stop()\n{OVERLOAD}", "server", WORSE, "going.clear()"],
+    "overload": [f"{SERVE}\nserver.stop()\n{OVERLOAD}", "server", WORSE, "going.clear()\nserver"],
     "all": [SERVE, "server", "time.sleep(10)", "import asyncio\nawait asyncio.sleep(8)"],
 }
 
@@ -116,6 +116,7 @@ def lab(tmp_path_factory):
         cells = [{"id": f"cell{i}", "source": source, **blank} for i, source in enumerate(sources)]
         notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
         (root / f"{name}.ipynb").write_text(json.dumps(notebook))
+    shutil.copy(REPOSITORY / "notebooks" / "01_quickstart.ipynb", root)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     places = (
@@ -467,8 +468,43 @@ def test_overload_and_errors_are_seen(lab):
         assert frames == []
         panel.scroll_into_view_if_needed()
         assert until(page, lambda: len(frames) > 2, seconds=3)
+
+        # A second view is as live, and right at once; what is out of sight is not drawn.
+        page.set_viewport_size({"width": 1280, "height": 3200})
         run_cell(page, 3)
         has_run(page, 3, 4)
+        second = page.locator(".sk").nth(1)
+        second.wait_for()
+        assert until(page, lambda: read(second, "ok") == read(panel, "ok") > 1000)
+        drag(page, second.get_by_role("slider", name="max_batch_size"), 0.5)
+        batch_size = panel.get_by_label("max_batch_size, items")
+        assert until(page, lambda: float(batch_size.input_value()) > 16)
+        assert second.get_by_label("max_batch_size, items").input_value() == batch_size.input_value()
+        command(page, "docmanager:save")
+        page.wait_for_timeout(500)
+
+
+def test_the_quickstart_run_from_end_to_end(lab):
+    with chromium() as page:
+        page.goto(f"{lab}/lab/tree/01_quickstart.ipynb?reset")
+        page.set_viewport_size({"width": 1280, "height": 5000})  # what is out of sight is not drawn
+        first, last = cell(page, 0), cell(page, -1)
+        first.wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        prompt = first.locator(".jp-InputPrompt")
+        for _ in range(4):  # as in run_first_cell
+            command(page, "notebook:run-all-cells")
+            if until(page, lambda: prompt.text_content() != "[ ]:", seconds=5):
+                break
+        panel = page.locator(".sk").first
+        panel.wait_for(timeout=60_000)
+        before = read(panel, "ok")
+        assert until(page, lambda: read(panel, "ok") > before, seconds=30)
+        panel.locator(".state", has_text="the server has stopped").wait_for(timeout=60_000)
+        assert read(panel, "ok") > 600
+        assert read(panel, "shed") > 0
+        last.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]")).wait_for()
+        assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
         command(page, "docmanager:save")
         page.wait_for_timeout(500)
 
