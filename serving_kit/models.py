@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving_kit.batching import Prepared
 from serving_kit.errors import InputRejected, MalformedRequest, StartError
 from serving_kit.fast_linear import use_fast_linear
+from serving_kit.forward import Prepared
 from serving_kit.mask_head import MaskHead, mask_head
 from serving_kit.tasks import TASKS, UNKNOWN, Task
 from serving_kit.twin import twin

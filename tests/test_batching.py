@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serving_kit.batching import THREAD_NAME, Batcher, Prepared, Result
+from serving_kit.batching import THREAD_NAME, Batcher
 from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -22,6 +22,7 @@ from serving_kit.errors import (
     ServingError,
     Unavailable,
 )
+from serving_kit.forward import Prepared, Result
 from serving_kit.records import BatchReason, BatchRecord
 from serving_kit.scheduler import Item, Scheduler
 from serving_kit.settings import Settings

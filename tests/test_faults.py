@@ -27,8 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serving_kit
-from serving_kit import batching, breaker, culprits, scheduler, service
-from serving_kit.batching import Prepared, Result
+from serving_kit import batching, breaker, culprits, forward, recovery, scheduler, service
 from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -39,6 +38,7 @@ from serving_kit.errors import (
     Unavailable,
 )
 from serving_kit.faults import Fault, kind
+from serving_kit.forward import Prepared, Result
 from serving_kit.models import CallableModel
 from serving_kit.records import BatchReason
 from serving_kit.scheduler import State
@@ -49,6 +49,8 @@ from tests.conftest import until as wait_until
 from tests.test_batching import PATIENCE, Bench, busy, drive, result, until
 
 pytestmark = pytest.mark.light
+
+KIT = (batching, forward, recovery, scheduler, breaker, culprits, service)  # whose lines are made to raise
 
 
 class Picky:
@@ -435,7 +437,7 @@ class Assassin:
     Without a target it only notes which lines there are and how often each is passed.
     """
 
-    FILES = frozenset(module.__file__ for module in (batching, scheduler, breaker, culprits, service))
+    FILES = frozenset(module.__file__ for module in KIT)
 
     def __init__(
         self,
@@ -517,13 +519,13 @@ def live_with(assassin: Assassin) -> None:
 
 def test_the_model_thread_may_die_at_any_line_and_nobody_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(batching, "make_room", lambda *args, **more: None)  # 0.1 s in a large process
+    monkeypatch.setattr(recovery, "make_room", lambda *args, **more: None)  # 0.1 s in a large process
     scout = Assassin()
     live_with(scout)
     assert len(scout.passed) > 150
     murders = 0
     for place, times in scout.passed.items():
-        for visit in {1, times} if place[0] == batching.__file__ else {1}:
+        for visit in {1, times} if place[0] in (batching.__file__, recovery.__file__) else {1}:
             assassin = Assassin(place, visit)
             try:
                 live_with(assassin)
