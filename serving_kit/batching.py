@@ -317,6 +317,7 @@ class Batcher:
     def _prepare(self, items: Sequence[Item]) -> None:
         """Learn the lengths of new items; answer those that the model cannot take."""
         model = self._model()
+        prepared = []
         for item in items:
             if item.state is not State.WAITING:
                 continue  # its client has left since
@@ -330,8 +331,10 @@ class Batcher:
                 self._deliver([(item, Result(error=failed))])
                 self._recovery.judge(error)
             else:
-                with self._wake:
-                    self.scheduler.ready(item, max(1, given.tokens), given.group)
+                prepared.append((item, given))
+        with self._wake:
+            for item, given in prepared:
+                self.scheduler.ready(item, max(1, given.tokens), given.group)
 
     def _run(self, batch: Batch) -> None:
         """One batch from start to answers."""
