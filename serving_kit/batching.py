@@ -36,7 +36,7 @@ from serving_kit.errors import ModelFailed, Overloaded, RequestTooLarge, Serving
 from serving_kit.faults import WorkerDied
 from serving_kit.forward import Call, Job, Model, Result, dropped
 from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.recovery import Recovery
+from serving_kit.recovery import Recovery, Witness
 from serving_kit.scheduler import Batch, Decision, Item, Scheduler, State
 from serving_kit.settings import Settings
 
@@ -73,6 +73,7 @@ class Batcher:
     _recovery: Recovery = field(init=False)  # the model thread's own
 
     def __post_init__(self) -> None:
+        example = None if self.model is None else self.model.example
         self._recovery = Recovery(
             rerun=self._run_again,
             probe=self._probe,
@@ -83,6 +84,7 @@ class Batcher:
             lock=self._wake,
             breaker=self.breaker,
             ceiling=self.scheduler.ceiling,
+            witness=None if example is None else Witness(0.0, *example),
         )
 
     # -- the loop thread's side ------------------------------------------------------------------

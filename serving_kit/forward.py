@@ -46,6 +46,10 @@ class Model(Protocol):
     before, to see whether the model still works.
     """
 
+    @property
+    def example(self) -> tuple[Any, Mapping[str, Any]] | None:
+        """An input that it has answered well, and its parameters; None: none that may be used."""
+
     def estimate(self, value: Any) -> int:
         """Rough length in tokens, before `prepare`. Called on the loop thread; must be cheap."""
 

@@ -8,10 +8,10 @@ Nobody but the culprits hears of a failure: a batch is taken apart until each st
 (`culprits.py`). One that did not fit into memory is halved, and what was too many is remembered
 (`memory.py`).
 
-The witness is an input that the model has answered well: the one that it has answered fastest. While
-it still answers that, a failure is the input's fault. If it does not, or there is no witness, a batch
-without one answer counts against the model. So bad inputs alone close no server that has a witness, and
-a model that is broken is not asked for every item.
+The witness is an input that the model has answered well: its own example, or else the one that it has
+answered fastest. While it still answers that, a failure is the input's fault. If it does not, or there
+is no witness, a batch without one answer counts against the model. So bad inputs alone close no server
+that has a witness, and a model that is broken is not asked for every item.
 
 `Case` is pure. `Recovery` belongs to the model thread and lives longer than it.
 
@@ -43,7 +43,7 @@ _TIDY_S = 10.0  # between thorough searches for memory: each stops all threads f
 class Witness(NamedTuple):
     """An input that the model has answered well: if it still does, a failure is not the model's."""
 
-    seconds: float  # that its batch took
+    seconds: float  # that its batch took; 0: no other shall take its place
     value: Any
     parameters: Mapping[str, Any]
 

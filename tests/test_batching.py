@@ -34,7 +34,8 @@ PATIENCE = 10.0  # seconds after which a test says that somebody hangs
 class Echo:
     """Answers `value.upper()`; waits at the gate before every forward; misbehaves on request."""
 
-    def __init__(self) -> None:
+    def __init__(self, example: tuple[str, Mapping[str, Any]] | None = None) -> None:
+        self.example = example
         self.gate = threading.Event()
         self.gate.set()
         self.inside = threading.Event()
@@ -69,8 +70,8 @@ class Echo:
 class Bench:
     """A batcher with everything that it reported."""
 
-    def __init__(self, **knobs: Any) -> None:
-        self.model = Echo()
+    def __init__(self, example: tuple[str, Mapping[str, Any]] | None = None, **knobs: Any) -> None:
+        self.model = Echo(example)
         self.records: list[BatchRecord] = []
         self.errors: list[tuple[ServingError, BaseException]] = []
         self.submitted: list[Item] = []
