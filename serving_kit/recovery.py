@@ -74,14 +74,14 @@ class Case:
         self._part = range(len(call.items))  # that runs now
         self._note_lack_of_memory(call.items)
         self._halving = bool(self._too_large) and len(call.items) > 1
-        self._nobody = not self.waiting(call.ended)
-        self._over = self._nobody or faults.kind(call.error) is Fault.OUTPUTS
+        self._in_vain = not self.waiting(call.ended)
+        self._over = faults.kind(call.error) is Fault.OUTPUTS
         self._search = Search(len(call.items), vouched=self._halving)
 
     @property
     def needs_witness(self) -> bool:
-        """Whether it matters now what the witness says: parts of what was too large are run anyway."""
-        return not (self._halving or self._nobody)
+        """Whether to ask the witness first: parts of what was too large are run anyway."""
+        return not (self._halving or self._in_vain)
 
     def hear(self, works: bool | None) -> None:
         """Note what the witness has said."""
@@ -110,7 +110,9 @@ class Case:
         self.error = error
         self._note_lack_of_memory(items)
         self._search.failed(self._part)
-        return len(items) == 1 or faults.kind(error) in (Fault.OUTPUTS, Fault.DEVICE)
+        fault = faults.kind(error)
+        self._over = self._over or fault is Fault.DEVICE  # whatever runs next would fail as well
+        return len(items) == 1 or fault is Fault.OUTPUTS
 
     def blame(self, items: Sequence[Item]) -> None:
         """They were told of the last error."""
@@ -121,11 +123,9 @@ class Case:
         """Those for whose answer somebody still waits, and in time."""
         return self._waiting(self._items, now)
 
-    def expire(self, now: float) -> list[Item]:
-        """Those whose time is up; they are settled by that."""
-        late = [item for item in self._items if item not in self._settled and item.deadline <= now]
-        self._settled.update(late)
-        return late
+    def expired(self, now: float) -> list[Item]:
+        """Those without an answer whose time is up."""
+        return [item for item in self._items if item not in self._settled and item.deadline <= now]
 
     @property
     def is_the_models(self) -> bool:
@@ -196,7 +196,7 @@ class Recovery:
     def _close(self, case: Case) -> None:
         """Answer who is left, and draw the conclusions."""
         now = self.clock()
-        self.deliver([(item, dropped(Drop.EXPIRED)) for item in case.expire(now)])
+        self.deliver([(item, dropped(Drop.EXPIRED)) for item in case.expired(now)])
         if rest := case.waiting(now):
             self._blame(case, rest)
         if not case.blamed:
@@ -209,7 +209,7 @@ class Recovery:
 
     def _blame(self, case: Case, items: Sequence[Item]) -> None:
         """Tell their clients that it was these."""
-        failed = self.told(case.error, fits=case.answered or case.works is not False)
+        failed = self.told(case.error, fits=case.works is not False)
         took = self.clock() - case.started
         self.deliver(
             [(i, Result(error=failed, queue_wait=case.started - i.arrived, forward=took)) for i in items]

@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving_kit import recovery
 from serving_kit.breaker import Breaker, Gate
 from serving_kit.culprits import Search
-from serving_kit.errors import DeadlineExceeded, ModelFailed, RequestTooLarge, ServingError, Unavailable
+from serving_kit.errors import (
+    DeadlineExceeded,
+    InputRejected,
+    ModelFailed,
+    RequestTooLarge,
+    ServingError,
+    Unavailable,
+)
 from serving_kit.faults import Fault, WorkerDied, WrongNumberOfOutputs, kind
 from serving_kit.forward import Call, Job, Result
 from serving_kit.memory import Ceiling
@@ -232,10 +240,77 @@ def test_what_was_too_many_teaches_the_ceiling_and_what_is_too_large_alone_does_
     assert ward.said("v1").value == "V1"
 
 
-def test_memory_that_not_even_the_witness_gets_is_not_the_clients_fault() -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_that_not_even_the_witness_gets_is_not_the_clients_fault(size: int) -> None:
     ward = Ward(lambda values: MemoryError())
-    ward.treat([running("v")])
-    assert isinstance(ward.said("v").error, Unavailable)
+    ward.treat([running(f"v{n}") for n in range(size)])
+    for n in range(size):
+        assert isinstance(ward.said(f"v{n}").error, Unavailable)
+    assert (len(ward.calls), ward.probes) == (size, ["good"])
+    assert ward.recovery.breaker.failures == 1
+
+
+def test_inputs_that_are_too_large_each_by_itself_are_told_so_and_the_model_is_not_to_blame() -> None:
+    ward = Ward(any_of({"v0", "v1"}, MemoryError))
+    ward.treat([running("v0"), running("v1")])
+    assert all(isinstance(ward.said(value).error, RequestTooLarge) for value in ("v0", "v1"))
+    assert ward.recovery.breaker.failures == 0
+
+
+def test_every_forward_that_lacked_memory_gives_it_back_thoroughly_only_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[bool] = []
+    monkeypatch.setattr(recovery, "make_room", lambda error, *, thorough: searches.append(thorough))
+    ward = Ward(any_of({"large"}, MemoryError))
+    ward.treat([running(value) for value in ("large", "b", "c", "d")])
+    assert searches == [True, False, False], "the batch, its half, the one"
+    ward.now += 11
+    ward.treat([running("large")])
+    assert searches[3:] == [True]
+
+
+def test_a_part_without_one_output_per_input_is_not_split_further() -> None:
+    def bad(values: Sequence[str]) -> BaseException | None:
+        if len(values) == 4:
+            return ValueError()
+        return WrongNumberOfOutputs() if "a" in values else None
+
+    ward = Ward(bad)
+    ward.treat([running(value) for value in "abcd"])
+    assert ward.calls == [list("abcd"), list("ab"), list("cd")]
+    assert [ward.said(value).value for value in "abcd"] == [None, None, "C", "D"]
+
+
+def test_a_device_that_is_lost_meanwhile_is_not_asked_again() -> None:
+    def bad(values: Sequence[str]) -> BaseException | None:
+        if values == ["good"]:
+            return None
+        return ValueError() if len(values) == 4 else RuntimeError("CUDA error: device-side assert triggered")
+
+    ward = Ward(bad)
+    ward.treat([running(value) for value in "abcd"])
+    assert len(ward.calls) == 2
+    assert all(isinstance(ward.said(value).error, ModelFailed) for value in "abcd")
+    assert ward.recovery.breaker.gate(ward.now) is Gate.LATCHED
+
+
+@pytest.mark.parametrize(
+    ("error", "witness", "failures"),
+    [
+        (ValueError(), "good", 0),
+        (ValueError(), "bad", 1),
+        (ValueError(), None, 1),
+        (ModelFailed("of a finish"), "bad", 1),
+        (InputRejected("a verdict"), "bad", 0),
+    ],
+)
+def test_what_is_held_against_the_model(error: Exception, witness: str | None, failures: int) -> None:
+    ward = Ward(any_of({"bad"}), witness)
+    ward.recovery.judge(error)
+    assert ward.recovery.breaker.failures == failures
+    ward.recovery.succeeded(running("v").payload, 1.0)
+    assert ward.recovery.breaker.failures == 0, "an answer makes up for it"
 
 
 def test_a_batch_that_nobody_waits_for_is_not_run_again() -> None:
