@@ -11,7 +11,7 @@ Further forwards for n items with k culprits: at most 2 * ceil(log2 n) * k, and 
 nobody vouches for the model and 2 * ceil(log2 n) forwards have not brought one answer, it is taken to
 be the model, and the search ends; that takes more than ceil(log2 n) culprits at once, or a broken model.
 
-Pure; positions only. Not here: running the parts (`batching.py`).
+Pure; positions only. Not here: running the parts (`recovery.py`).
 """
 
 from __future__ import annotations

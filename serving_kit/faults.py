@@ -4,7 +4,7 @@ Told from class names and fixed phrases of the libraries, so that nothing has to
 phrases are matched where the libraries write them and not anywhere in a text, because exception texts
 may quote a client.
 
-Not here: what follows from it (`culprits.py`, `memory.py`, `breaker.py`, `batching.py`).
+Not here: what follows from it (`recovery.py`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ time that this ends badly the period doubles, so that a day holds a handful of s
 length cannot have, longer ones cannot have either, because a padded token costs more the longer its
 row; shorter ones may.
 
-`Ceiling` is pure: every method takes `now`. Not here: halving what did not fit (`batching.py`).
+`Ceiling` is pure: every method takes `now`. Not here: halving what did not fit (`recovery.py`).
 """
 
 from __future__ import annotations

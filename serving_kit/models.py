@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving_kit.batching import Prepared
 from serving_kit.errors import InputRejected, MalformedRequest, StartError
 from serving_kit.fast_linear import use_fast_linear
+from serving_kit.forward import Prepared
 from serving_kit.mask_head import MaskHead, mask_head
 from serving_kit.tasks import TASKS, UNKNOWN, Task
 from serving_kit.twin import twin
@@ -59,6 +59,7 @@ class CallableModel:
     media = False
     max_batch_size: int | None = None
     timings: Sequence[Timing] = ()
+    example = None  # a function is not called with inputs that nobody sent
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -73,7 +74,7 @@ class CallableModel:
                 raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
 
     def warm_up(self) -> list[Timing]:
-        """Nothing: a function is not called with inputs that nobody sent."""
+        """Nothing; see `example`."""
         return []
 
     def estimate(self, value: Any) -> int:
@@ -138,6 +139,7 @@ class PipelineModel:
     batch_obstacle: str = ""
     longest: int | None = None  # tokens that one input may have
     timings: Sequence[Timing] = ()  # of the batches that warmed it up
+    example: tuple[str, Mapping[str, Any]] | None = None  # the input that warmed it up, and its parameters
     _resolved: dict[str, _Resolved] = field(default_factory=dict)
     _collate: Callable[[list[Any]], Any] | None = None
     _iterator: Any = None  # cuts a batch of outputs up again: the library's own
@@ -207,6 +209,7 @@ class PipelineModel:
         elif self.task is UNKNOWN or not self.task.batches:
             return []
         self._time([self.prepare(example, parameters)])  # initialises all that is lazy
+        self.example = example, parameters
         if self.task_name == "text-generation":
             return []  # a forward's cost is in what it generates, which this says nothing about
         short, long = self.prepare(example, parameters), self.prepare(example * 12, parameters)

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from serving_kit import faults
-from serving_kit.batching import Batcher, Model, Result
+from serving_kit.batching import Batcher
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -32,6 +32,7 @@ from serving_kit.errors import (
     ServingError,
     SettingError,
 )
+from serving_kit.forward import Model, Result
 from serving_kit.metrics import Metrics
 from serving_kit.records import Incident, Outcome, RequestRecord
 from serving_kit.scheduler import Item, Scheduler

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serving_kit.batching import THREAD_NAME, Batcher, Prepared, Result
+from serving_kit.batching import THREAD_NAME, Batcher
 from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -22,6 +22,7 @@ from serving_kit.errors import (
     ServingError,
     Unavailable,
 )
+from serving_kit.forward import Prepared, Result
 from serving_kit.records import BatchReason, BatchRecord
 from serving_kit.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
@@ -33,7 +34,8 @@ PATIENCE = 10.0  # seconds after which a test says that somebody hangs
 class Echo:
     """Answers `value.upper()`; waits at the gate before every forward; misbehaves on request."""
 
-    def __init__(self) -> None:
+    def __init__(self, example: tuple[str, Mapping[str, Any]] | None = None) -> None:
+        self.example = example
         self.gate = threading.Event()
         self.gate.set()
         self.inside = threading.Event()
@@ -68,8 +70,8 @@ class Echo:
 class Bench:
     """A batcher with everything that it reported."""
 
-    def __init__(self, **knobs: Any) -> None:
-        self.model = Echo()
+    def __init__(self, example: tuple[str, Mapping[str, Any]] | None = None, **knobs: Any) -> None:
+        self.model = Echo(example)
         self.records: list[BatchRecord] = []
         self.errors: list[tuple[ServingError, BaseException]] = []
         self.submitted: list[Item] = []

@@ -1,5 +1,6 @@
 """A served pipeline answers what the pipeline answers, alone and in a batch, for every text task."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from serving_kit.errors import InputRejected, MalformedRequest, StartError
+from serving_kit import forward
+from serving_kit.errors import InputRejected, MalformedRequest, ModelFailed, StartError
 from serving_kit.formats import dump_json
 from serving_kit.loading import load_model
 from serving_kit.models import CallableModel, PipelineModel
+from serving_kit.service import Service
 from tests.tiny import PARAMETERS, TASKS, example, tiny
 
 LENGTHS = [3, 40, 11, 11, 25]
@@ -315,12 +318,50 @@ def test_out_of_memory_while_loading_names_the_remedies(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "text-generation"])
 def test_what_a_batch_costs_is_known_when_a_model_is_loaded(task: str) -> None:
-    from serving_kit.service import Service
-
     service = Service(load_model(tiny(task)))
     cost = service.batcher.scheduler.cost
     assert cost.known
     assert cost.seconds(10) > 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_keeps_the_input_that_warmed_it_up_as_its_example(task: str) -> None:
+    model = load_model(tiny(task))
+    assert model.example is not None
+    model.check([model.example[0]], model.example[1])
+    assert forward.probe(model, *model.example)
+
+
+def test_a_function_has_no_example_since_it_never_sees_what_nobody_sent() -> None:
+    seen: list[Any] = []
+    model = load_model(lambda xs: seen.extend(xs) or xs)
+    assert model.example is None
+    assert not seen
+
+
+def test_bad_inputs_alone_do_not_close_a_server_that_has_answered_nothing_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        model = load_model(tiny("fill-mask"))
+        answer = model.forward
+
+        def picky(batch: Any) -> Any:
+            if any(each.tokens > 8 for each in batch):
+                raise ValueError
+            return answer(batch)
+
+        monkeypatch.setattr(model, "forward", picky)
+        service = Service(model)
+        await service.start()
+        for _ in range(6):
+            with service.observe() as ticket, pytest.raises(ModelFailed):
+                await service.predict(["a word " * 9 + "[MASK]."], {}, ticket)
+        with service.observe() as ticket:
+            assert len(await service.predict(["a [MASK]."], {}, ticket)) == 1
+        assert await service.stop()
+
+    asyncio.run(main())
 
 
 def test_numpy_answers_become_numbers() -> None:

@@ -13,7 +13,7 @@ import pytest
 import serving_kit
 
 ROOT = Path(__file__).parent.parent
-CORE = ["records", "errors", "settings", "cost", "scheduler", "batching", "service"]
+CORE = ["records", "errors", "settings", "cost", "scheduler", "forward", "recovery", "batching", "service"]
 
 
 def imported_by(statement: str) -> set[str]:

@@ -1,17 +1,30 @@
 """The decisions after a failure, without threads or clocks: who is to blame, what fits, when to ask."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving_kit import recovery
 from serving_kit.breaker import Breaker, Gate
 from serving_kit.culprits import Search
+from serving_kit.errors import (
+    DeadlineExceeded,
+    InputRejected,
+    ModelFailed,
+    RequestTooLarge,
+    ServingError,
+    Unavailable,
+)
 from serving_kit.faults import Fault, WorkerDied, WrongNumberOfOutputs, kind
+from serving_kit.forward import Call, Job, Result
 from serving_kit.memory import Ceiling
-from serving_kit.scheduler import Item, Scheduler
+from serving_kit.recovery import Case, Recovery, Witness
+from serving_kit.scheduler import Item, Scheduler, State
 from serving_kit.settings import Settings
 
 pytestmark = pytest.mark.light
@@ -72,6 +85,261 @@ def test_a_model_that_fails_everything_is_not_asked_for_every_item(size: int) ->
     forwards, answered, _ = search(size, set(range(size)), vouched=False)
     assert forwards <= 2 * depth(size)
     assert not answered
+
+
+# -- one batch from failure to answers ----------------------------------------------------------------
+
+
+class Ward:
+    """A `Recovery` with all that it asks for, around a model that is a function of what a batch holds."""
+
+    def __init__(
+        self, bad: Callable[[Sequence[str]], BaseException | None], witness: str | None = "good"
+    ) -> None:
+        self.bad = bad
+        self.now = 0.0
+        self.locked = False
+        self.calls: list[list[str]] = []
+        self.probes: list[str] = []
+        self.results: dict[str, list[Result]] = {}
+        self.incidents: list[ServingError] = []
+        self.recovery = Recovery(
+            rerun=lambda items, left_waiting: self.run(items),
+            probe=self.probe,
+            answer=self.answer,
+            deliver=self.deliver,
+            on_error=lambda failed, error: self.incidents.append(failed),
+            clock=lambda: self.now,
+            lock=self,
+            breaker=Breaker(),
+            ceiling=Ceiling(),
+            witness=None if witness is None else Witness(1.0, witness, {}),
+        )
+
+    def __enter__(self) -> None:
+        assert not self.locked
+        self.locked = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.locked = False
+
+    def run(self, items: Sequence[Item]) -> Call:
+        values = [item.payload.value for item in items]
+        assert not self.locked, "no model code under the lock"
+        self.calls.append(values)
+        began, self.now = self.now, self.now + 1.0
+        answers = [value.upper() for value in values]
+        return Call(items, began, self.now, answers, self.bad(values))
+
+    def probe(self, value: str, parameters: Any) -> bool:
+        assert not self.locked
+        self.probes.append(value)
+        return self.bad([value]) is None
+
+    def answer(self, call: Call, started: float) -> None:
+        self.recovery.succeeded(call.items[0].payload, call.ended - call.started)
+        self.deliver(call.results(started))
+
+    def deliver(self, results: list[tuple[Item, Result]]) -> None:
+        assert not self.locked
+        for item, result in results:
+            self.results.setdefault(item.payload.value, []).append(result)
+
+    def treat(self, items: Sequence[Item]) -> None:
+        """What becomes of a batch, told once for each."""
+        self.results.clear()
+        call = self.run(items)
+        assert call.error is not None
+        self.recovery.recover(call, 0)
+        assert all(len(results) == 1 for results in self.results.values()), "exactly one outcome"
+
+    def said(self, value: str) -> Result:
+        return self.results[value][0]
+
+
+def running(value: str, deadline: float = 1e6) -> Item:
+    return Item(0.0, deadline, max(1, len(value)), Job(value, {}, None), "g", State.RUNNING)  # type: ignore[arg-type]
+
+
+def any_of(bad: set[str], error: type[BaseException] = ValueError) -> Callable[..., BaseException | None]:
+    return lambda values: None if bad.isdisjoint(values) else error()
+
+
+@given(st.data(), st.integers(1, 30), st.sampled_from(["good", "bad", None]))
+def test_whoever_still_waits_gets_exactly_one_outcome_and_nobody_else_any(
+    data: st.DataObject, size: int, witness: str | None
+) -> None:
+    names = st.sets(st.sampled_from([f"v{n}" for n in range(size)]))
+    gone, late = data.draw(names), data.draw(names)
+    bad = data.draw(names) | {f"v{data.draw(st.integers(0, size - 1))}"}
+    items = [running(f"v{n}") for n in range(size)]
+    for item in items:
+        item.abandoned = item.payload.value in gone
+        if item.payload.value in late:
+            item.deadline = data.draw(st.floats(0.5, 20))
+    ward = Ward(any_of(bad | {"bad"}), witness)
+    ward.treat(items)
+    assert {f"v{n}" for n in range(size)} - gone <= ward.results.keys()
+    assert ward.results.keys().isdisjoint(gone - late), "nobody listens"
+    for item in items:
+        value = item.payload.value
+        if value in ward.results:
+            answer = ward.said(value)
+            assert answer.value in ((None,) if value in bad else (None, value.upper()))
+            assert (answer.value is None) != (answer.error is None)
+            assert isinstance(answer.error, (DeadlineExceeded, ModelFailed, type(None)))
+            if witness == "good" and value not in bad | late | gone:
+                assert answer.value is not None, "the innocent are answered"
+    assert len(ward.calls) <= 2 * size
+
+
+def test_a_witness_that_fails_too_ends_the_search_and_counts_against_the_model() -> None:
+    ward = Ward(lambda values: LookupError())
+    ward.treat([running(f"v{n}") for n in range(8)])
+    assert (len(ward.calls), ward.probes) == (1, ["good"])
+    assert len(ward.incidents) == 1
+    assert ward.recovery.breaker.failures == 1
+    assert ward.recovery.witness is None, "it may be the witness that has gone bad"
+
+
+def test_without_a_witness_an_answer_speaks_for_the_model() -> None:
+    ward = Ward(any_of({"v0"}), witness=None)
+    ward.treat([running("v0"), running("v1")])
+    assert ward.recovery.breaker.failures == 0
+    assert ward.recovery.witness == (1.0, "v1", {})
+    ward.treat([running("v0")])
+    assert ward.probes == ["v1"]
+    assert ward.recovery.breaker.failures == 0
+
+
+def test_without_a_witness_and_an_answer_it_counts_against_the_model() -> None:
+    ward = Ward(any_of({"v0", "v1"}), witness=None)
+    ward.treat([running("v0"), running("v1")])
+    assert ward.recovery.breaker.failures == 1
+
+
+def test_the_first_of_the_fast_answers_becomes_the_witness() -> None:
+    ward = Ward(lambda values: None, witness=None)
+    for value, seconds in (("a", 3.0), ("b", 2.0), ("c", 2.0), ("d", 5.0)):
+        ward.recovery.succeeded(running(value).payload, seconds)
+    assert ward.recovery.witness == (2.0, "b", {})
+    ward.recovery.forget()
+    assert ward.recovery.witness is None
+
+
+def test_what_was_too_many_teaches_the_ceiling_and_what_is_too_large_alone_does_not() -> None:
+    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None)
+    ward.treat([running("vvvv") if n == 0 else running(f"v{n}") for n in range(8)])
+    assert ward.recovery.ceiling.lowest(ward.now) == 8 / 2, "4 of 2 tokens did not fit"
+    assert not ward.probes, "it was the number: the halves are run anyway"
+
+    ward = Ward(any_of({"large"}, MemoryError))
+    ward.treat([running("large"), running("v1")])
+    assert ward.recovery.ceiling.lowest(ward.now) is None
+    assert isinstance(ward.said("large").error, RequestTooLarge)
+    assert ward.said("v1").value == "V1"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_that_not_even_the_witness_gets_is_not_the_clients_fault(size: int) -> None:
+    ward = Ward(lambda values: MemoryError())
+    ward.treat([running(f"v{n}") for n in range(size)])
+    for n in range(size):
+        assert isinstance(ward.said(f"v{n}").error, Unavailable)
+    assert (len(ward.calls), ward.probes) == (size, ["good"])
+    assert ward.recovery.breaker.failures == 1
+
+
+def test_inputs_that_are_too_large_each_by_itself_are_told_so_and_the_model_is_not_to_blame() -> None:
+    ward = Ward(any_of({"v0", "v1"}, MemoryError))
+    ward.treat([running("v0"), running("v1")])
+    assert all(isinstance(ward.said(value).error, RequestTooLarge) for value in ("v0", "v1"))
+    assert ward.recovery.breaker.failures == 0
+
+
+def test_every_forward_that_lacked_memory_gives_it_back_thoroughly_only_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[bool] = []
+    monkeypatch.setattr(recovery, "make_room", lambda error, *, thorough: searches.append(thorough))
+    ward = Ward(any_of({"large"}, MemoryError))
+    ward.treat([running(value) for value in ("large", "b", "c", "d")])
+    assert searches == [True, False, False], "the batch, its half, the one"
+    ward.now += 11
+    ward.treat([running("large")])
+    assert searches[3:] == [True]
+
+
+def test_a_part_without_one_output_per_input_is_not_split_further() -> None:
+    def bad(values: Sequence[str]) -> BaseException | None:
+        if len(values) == 4:
+            return ValueError()
+        return WrongNumberOfOutputs() if "a" in values else None
+
+    ward = Ward(bad)
+    ward.treat([running(value) for value in "abcd"])
+    assert ward.calls == [list("abcd"), list("ab"), list("cd")]
+    assert [ward.said(value).value for value in "abcd"] == [None, None, "C", "D"]
+
+
+def test_a_device_that_is_lost_meanwhile_is_not_asked_again() -> None:
+    def bad(values: Sequence[str]) -> BaseException | None:
+        if values == ["good"]:
+            return None
+        return ValueError() if len(values) == 4 else RuntimeError("CUDA error: device-side assert triggered")
+
+    ward = Ward(bad)
+    ward.treat([running(value) for value in "abcd"])
+    assert len(ward.calls) == 2
+    assert all(isinstance(ward.said(value).error, ModelFailed) for value in "abcd")
+    assert ward.recovery.breaker.gate(ward.now) is Gate.LATCHED
+
+
+@pytest.mark.parametrize(
+    ("error", "witness", "failures"),
+    [
+        (ValueError(), "good", 0),
+        (ValueError(), "bad", 1),
+        (ValueError(), None, 1),
+        (ModelFailed("of a finish"), "bad", 1),
+        (InputRejected("a verdict"), "bad", 0),
+    ],
+)
+def test_what_is_held_against_the_model(error: Exception, witness: str | None, failures: int) -> None:
+    ward = Ward(any_of({"bad"}), witness)
+    ward.recovery.judge(error)
+    assert ward.recovery.breaker.failures == failures
+    ward.recovery.succeeded(running("v").payload, 1.0)
+    assert ward.recovery.breaker.failures == 0, "an answer makes up for it"
+
+
+def test_a_batch_that_nobody_waits_for_is_not_run_again() -> None:
+    ward = Ward(any_of({"v0"}))
+    items = [running("v0"), running("v1", deadline=0.5)]
+    items[0].abandoned = True
+    ward.treat(items)
+    assert (len(ward.calls), ward.probes) == (1, [])
+    assert list(ward.results) == ["v1"]
+    assert len(ward.incidents) == 1, "the owner is told"
+
+
+def test_a_case_hands_out_parts_until_each_culprit_stands_alone() -> None:
+    items = [running(value) for value in "abcd"]
+    case = Case(Call(items, 0.0, 1.0, error=ValueError()))
+    assert case.needs_witness
+    case.hear(True)
+    runs: Counter[str] = Counter()
+    while part := case.next(1.0):
+        values = [item.payload.value for item in part]
+        runs["".join(values)] += 1
+        if "c" not in values:
+            case.passed(part)
+        elif case.failed(part, ValueError()):
+            case.blame(part)
+    assert runs == Counter(["ab", "cd", "c", "d"])
+    assert case.blamed == {items[2]}
+    assert not case.is_the_models
+    assert not case.waiting(1.0)
 
 
 # -- when to ask --------------------------------------------------------------------------------------
