@@ -491,8 +491,8 @@ def test_the_quickstart_run_from_end_to_end(lab):
         first, last = cell(page, 0), cell(page, -1)
         first.wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-        prompt = first.locator(".jp-InputPrompt")
-        for _ in range(4):  # as in run_first_cell
+        prompt = last.locator(".jp-InputPrompt")
+        for _ in range(4):  # as in run_first_cell; before the kernel is there, only the first cell is run
             command(page, "notebook:run-all-cells")
             if until(page, lambda: prompt.text_content() != "[ ]:", seconds=5):
                 break
