@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")
+
+import numpy as np
 
 from serving_kit import media
 from serving_kit.errors import InputRejected, StartError
