@@ -149,11 +149,12 @@ class PipelineModel:
     def __post_init__(self) -> None:
         from transformers.pipelines import base, pt_utils
 
+        given = self.pipe
         if self.shortcuts:
-            own = twin(self.pipe)
-            if own is not self.pipe:  # else they would change what is not ours
-                use_fast_linear(own.model)
-            self.pipe = own
+            self.pipe = twin(given)
+        is_our_own = self.pipe is not given  # else a shortcut would change what a cell may be using
+        if is_our_own:
+            use_fast_linear(self.pipe.model)
         pipe = self.pipe
         self.task = TASKS.get(pipe.task, UNKNOWN)
         if self.task is UNKNOWN:
@@ -169,7 +170,7 @@ class PipelineModel:
             self.max_batch_size = 1
         else:
             self._collate = base.pad_collate_fn(pipe.tokenizer, None)
-            if self.shortcuts and pipe.task == "fill-mask":
+            if is_our_own and pipe.task == "fill-mask":
                 self._mask_head = mask_head(pipe, self._collate)
 
     @property

@@ -73,10 +73,26 @@ def test_the_head_sees_nothing_but_the_masks() -> None:
 
 def test_a_model_that_is_built_otherwise_runs_in_full() -> None:
     pipe = masked("Bert")
-    before = pipe.model.cls.forward
-    # A head that mixes positions, as none should: the trial at load finds out.
-    pipe.model.cls.forward = lambda hidden: before(hidden + hidden.flip(1))
+    head = type(pipe.model.cls)
+
+    class Mixing(head):  # type: ignore[misc, valid-type]
+        """A head that mixes positions, as none should: the trial at load finds out."""
+
+        def forward(self, hidden: Any) -> Any:
+            return super().forward(hidden + hidden.flip(1))
+
+    pipe.model.cls.__class__ = Mixing
     model = PipelineModel(pipe)
+    assert model.pipe is not pipe
+    assert model._mask_head is None
+    assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
+
+
+def test_modules_that_are_not_ours_are_never_hooked() -> None:
+    pipe = masked("Bert")
+    pipe.model.cls.forward = pipe.model.cls.forward  # as accelerate does: there is no twin of such a model
+    model = PipelineModel(pipe)
+    assert model.pipe is pipe
     assert model._mask_head is None
     assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
 
