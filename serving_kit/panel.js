@@ -238,7 +238,7 @@ export function mount(element, { knobs, tune = null, unlock = null, errors = nul
       clearInterval(beat);
       clearTimeout(quiet);
       visible = false;
-      look(id, false);
+      look(id, null); // it is removed
       root.remove();
     },
   };

@@ -89,8 +89,8 @@ class Panel:
 
     Attributes:
         widget: For `ipywidgets.VBox` and its like: the live panel; without anywidget, plain sliders;
-            None without ipywidgets.
-        controls: The model that the live panel's sliders talk to; None without anywidget.
+            None without ipywidgets, and once the server has ended and no view is left.
+        controls: The model that the live panel's sliders talk to; None where there is no live panel.
     """
 
     def __init__(self, server: Server) -> None:
@@ -165,7 +165,8 @@ class Panel:
         with self._looking:
             points = [self._seconds[second] for second in sorted(self._seconds)]
         busy = [i for i, point in enumerate(points) if point["arrivals"] or point["queue_depth"]]
-        mark = self.controls.model_id if self.controls is not None else ""
+        controls = self.controls  # without a live panel to follow, the card must not hide what follows it
+        mark = controls.model_id if controls is not None else ""
         bundle: dict[str, object] = {
             "text/html": card(self._snapshot, points[busy[0] :] if busy else (), mark)
         }
@@ -188,16 +189,34 @@ class Panel:
                 self._thread.join(_JOIN_S)
             if server is not None and (self._look(server) or self._unsent):
                 self._send()
-            self._refresh_card()
+            self._refresh_card()  # before the widgets go: the card must know which view comes after it
+            self._let_go()
         except Exception as error:
             process_guard.keep(f"panel: {type(error).__name__}: {error}")
 
-    def _see(self, view: str, seen: bool) -> None:
-        """A view has come into sight, or gone out of it."""
+    def _see(self, view: str, seen: bool | None) -> None:
+        """A view has come into sight, or gone out of it; None: it was removed."""
         self._in_sight.discard(view)
         self._out_of_sight.discard(view)
-        (self._in_sight if seen else self._out_of_sight).add(view)
+        if seen is not None:
+            (self._in_sight if seen else self._out_of_sight).add(view)
+        elif self._finished:
+            self._let_go()
         self._wake.set()
+
+    def _let_go(self) -> None:
+        """Close the widgets of a server that has ended once no view is left: the kernel would keep them.
+
+        Showing the server again gives the static card, as in a notebook whose kernel is gone.
+        """
+        with self._looking:  # the cell that stops the server, and the thread that reads the last view's end
+            widget, controls = self.widget, self.controls
+            if controls is None or self._in_sight or self._out_of_sight:
+                return
+            self.widget = self.controls = None
+        widget.layout.close()
+        widget.close()
+        controls.close()
 
     # -- the publisher ---------------------------------------------------------------------------
 
@@ -270,11 +289,12 @@ class Panel:
         return changed
 
     def _send(self) -> int:
-        if self.controls is None:
+        widget = self.widget
+        if self.controls is None or widget is None:
             return 0
         self._unsent = False
         frame = self._frame()
-        self.widget.frame = frame
+        widget.frame = frame
         return len(frame)
 
     def _frame(self) -> bytes:

@@ -56,6 +56,11 @@ def ask(panel, message):
     return answers
 
 
+def see(panel, view="one", seen=True):
+    """What a view says when it comes into sight, leaves it, or (None) is removed."""
+    assert ask(panel, {"kind": "seen", "id": 1, "view": view, "seen": seen}) == [{"id": 1}]
+
+
 # -- frames ---------------------------------------------------------------------------------------
 
 
@@ -133,23 +138,19 @@ def test_sizes_as_digits():
 
 def test_out_of_sight_nothing_is_sent_and_nothing_is_lost(server):
     panel = server.panel
-
-    def see(view, seen):
-        assert ask(panel, {"kind": "seen", "id": 1, "view": view, "seen": seen}) == [{"id": 1}]
-
-    see("one", True)
-    see("two", False)
+    see(panel, "one")
+    see(panel, "two", False)
     sent = count_frames(panel)
     server("a")
     assert until(lambda: sent), "one of two views is in sight"
-    see("one", False)
+    see(panel, "one", False)
     time.sleep(0.1)  # for a frame that is under way
     sent.clear()
     for _ in range(3):
         server("b")
         time.sleep(0.2)
     assert sent == []
-    see("two", True)
+    see(panel, "two")
     assert until(lambda: sent)
     assert json.loads(sent[-1])["requests"]["ok"] == 4
 
@@ -159,6 +160,7 @@ def test_out_of_sight_nothing_is_sent_and_nothing_is_lost(server):
 
 def test_finish_says_how_it_ended_and_ends_the_thread(server):
     panel = server.panel
+    see(panel)
     server("a")
     server.stop()
     assert publishers() == []
@@ -181,8 +183,37 @@ def test_a_stopped_server_can_still_be_shown(server):
     assert publishers() == []
 
 
+def test_the_widgets_of_an_ended_server_are_closed_with_their_last_view(server):
+    def live():
+        return set(ipywidgets.widgets.widget._instances)
+
+    before = live()
+    panel = server.panel
+    ours = live() - before
+    see(panel, "one")
+    see(panel, "two", False)
+    see(panel, "one", None)
+    server.stop()
+    assert ours <= live(), "a view that is out of sight may come back"
+    see(panel, "two", None)
+    assert not ours & live()
+    assert set(server._repr_mimebundle_()) == {"text/plain", "text/html"}
+    card = server._repr_mimebundle_()["text/html"]
+    assert "stopped" in card
+    assert "<style>" not in card, "no live view follows it, so it hides no other output"
+
+
+def test_the_widgets_of_an_ended_server_that_was_never_seen_are_closed(server):
+    before = set(ipywidgets.widgets.widget._instances)
+    panel = server.panel
+    server.stop()
+    assert set(ipywidgets.widgets.widget._instances) <= before
+    assert panel.widget is None
+
+
 def test_a_replaced_server_says_so(server):
     panel = server.panel
+    see(panel)
     with serving_kit.serve(shout, port=0):
         assert frame(panel)["state"] == "replaced"
         assert "replaced" in frame(panel)["reason"]
@@ -303,6 +334,7 @@ def test_nonsense_never_raises_or_prints(server, message, capfd):
 
 def test_a_stopped_server_refuses(server):
     panel = server.panel
+    see(panel)
     server.stop()
     [answer] = ask(panel, {"kind": "tune", "id": 7, "knobs": {"max_batch_size": 3}})
     assert "stopped" in answer["error"]
