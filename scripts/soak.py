@@ -279,10 +279,11 @@ class Soak:
     async def _ask(self, connection: Connection, request: bytes, expected: Any) -> None:
         await connection.send(request)
         status, body = await connection.receive()
-        self._saw(status)
+        unavailable = status == 503 and b"unavailable" in body
+        self._saw(status, unavailable=unavailable)
         if status == 200 and json.loads(body) != expected:
             self.problems.append(f"expected {expected!r}, got {body[:200]!r}")
-        if status == 503 and b"unavailable" in body:
+        if unavailable:
             await asyncio.sleep(1)  # as Retry-After asks, but sooner
 
     async def _send_garbage(self) -> None:
@@ -290,7 +291,7 @@ class Soak:
         with contextlib.closing(Connection(self.port)) as connection:
             await connection.send(request)
             status, body = await connection.receive()
-        self._saw(status)
+        self._saw(status, unavailable=status == 503 and b"unavailable" in body)
         if status not in (due, 503):
             self.problems.append(f"{request[:120]!r} got {status}: {body[:200]!r}")
 
@@ -330,8 +331,9 @@ class Soak:
             self.problems.append(f"GET {path} got {status}")
         await self._ask(connection, post(text.encode()), text.upper())
 
-    def _saw(self, status: int) -> None:
-        self.seen[STATUS.get(status, f"status {status}")] += 1
+    def _saw(self, status: int, *, unavailable: bool = False) -> None:
+        outcome = "unavailable" if unavailable else STATUS.get(status, f"status {status}")
+        self.seen[outcome] += 1
 
     # -- what has to hold afterwards ---------------------------------------------------------------
 
@@ -363,10 +365,10 @@ class Soak:
     def report(self) -> str:
         """The table of outcomes."""
         counted = self.counted()
-        lines = [f"{'outcome':<10} {'clients':>8} {'server':>8} {'left before':>12}"]
+        lines = [f"{'outcome':<11} {'clients':>8} {'server':>8} {'left before':>12}"]
         for outcome, number in counted.items():
             seen = self.seen[outcome]
-            lines.append(f"{outcome:<10} {seen:>8} {number:>8} {number - seen:>12}")
+            lines.append(f"{outcome:<11} {seen:>8} {number:>8} {number - seen:>12}")
         lines.append(f"{'all':<10} {self.seen.total():>8} {counted.total():>8} {self.left:>12}")
         faults: Counter[str] = Counter()
         for server in self.servers:

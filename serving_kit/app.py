@@ -19,13 +19,14 @@ import itertools
 import math
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,7 +37,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving_kit import __version__, formats
+from serving_kit import __version__, formats, log
 from serving_kit.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -51,7 +52,7 @@ from serving_kit.errors import (
     Unavailable,
 )
 from serving_kit.guard import Access, Headers
-from serving_kit.metrics import HISTORY_S
+from serving_kit.metrics import HISTORY_S, gauge
 from serving_kit.openapi import describe
 from serving_kit.service import Service
 
@@ -75,6 +76,7 @@ _LONGEST_RETRY_S = 30  # clients give up above 120; a queue that long is better 
 _PROCESS = secrets.token_hex(4).encode()
 _numbers = itertools.count(1)
 _PLAIN = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+_REQUEST_ID = "serving_kit.request_id"  # in the scope
 _LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
 _PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
 _PAGE = Path(__file__).parent / "panel.html"
@@ -82,7 +84,11 @@ _SCRIPTS = [Path(__file__).parent / name for name in ("charts.js", "panel.js")] 
 
 
 def build_app(
-    service: Service | Callable[[], Service], *, access: Access | None = None, drain_s: float = 5.0
+    service: Service | Callable[[], Service],
+    *,
+    access: Access | None = None,
+    drain_s: float = 5.0,
+    access_log: bool = False,
 ) -> Starlette:
     """The ASGI app around one service.
 
@@ -91,6 +97,7 @@ def build_app(
             may take its time to load a model.
         access: Who may ask; None: this machine, and nobody may change settings.
         drain_s: Seconds to finish what was admitted when the app stops.
+        access_log: Write one line per request to the logger `serving_kit.access`.
     """
 
     @contextlib.asynccontextmanager
@@ -131,8 +138,9 @@ def build_app(
             Route("/openapi.json", openapi, methods=["GET"]),
             Route("/settings", read_settings, methods=["GET"]),
             Route("/settings", change_settings, methods=["PATCH"]),
+            Route("/errors", errors, methods=["GET"]),
         ],
-        middleware=[*cors, Middleware(_Front, access=access)],
+        middleware=[*cors, Middleware(_Front, access=access, access_log=access_log)],
         exception_handlers={HTTPException: _raise_again},
         lifespan=lifespan,
     )
@@ -152,9 +160,9 @@ class _Predict:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service: Service = scope["app"].state.service
         headers = _headers(scope)
-        with service.observe() as ticket:
+        with service.observe(scope.get(_REQUEST_ID, "")) as ticket:
             ticket.limit(_asked_timeout(headers))
-            with _Attention(receive, ticket.deadline - service.clock()) as attention:
+            with _Attention(receive, ticket.deadline - service.clock(), ticket.limit_text) as attention:
                 body = await _read_body(service, headers, receive, ticket.hold)
                 attention.body_is_here()
                 content_type = headers.get(b"content-type", b"").decode("latin-1")
@@ -214,11 +222,22 @@ class _Attention:
     has one timer, and only those that are still there when it fires get a deadline or a watcher.
     """
 
-    __slots__ = ("_body_is_here", "_deadline", "_error", "_late", "_loop", "_receive", "_task", "_timer")
+    __slots__ = (
+        "_body_is_here",
+        "_deadline",
+        "_error",
+        "_late",
+        "_limit",
+        "_loop",
+        "_receive",
+        "_task",
+        "_timer",
+    )
 
-    def __init__(self, receive: Receive, patience_s: float) -> None:
-        """Be ready to give up on a body after `patience_s` seconds."""
+    def __init__(self, receive: Receive, patience_s: float, limit_text: str) -> None:
+        """Be ready to give up on a body after `patience_s` seconds; `limit_text` names that limit."""
         self._receive = receive
+        self._limit = limit_text
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + patience_s
         self._task = asyncio.current_task()
@@ -253,7 +272,7 @@ class _Attention:
         if self._body_is_here:
             self._timer = self._loop.create_task(self._watch())
         else:
-            slow = SlowRequest("the body did not arrive within the request's time")
+            slow = SlowRequest(f"the body did not arrive within {self._limit}")
             self._timer = self._loop.call_at(self._deadline, self._end, slow)
 
     async def _watch(self) -> None:
@@ -303,8 +322,11 @@ async def health(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
-    """GET /live: 200 while the process runs."""
-    return _json({"status": "live"})
+    """GET /live: 200 while the process runs; 503 once it must be restarted, where `live_timeout_s` is set."""
+    alive, reason = request.app.state.service.live()
+    return _json(
+        {"status": "live"} if alive else {"status": "stuck", "reason": reason}, 200 if alive else 503
+    )
 
 
 async def info(request: Request) -> Response:
@@ -354,25 +376,38 @@ async def read_settings(request: Request) -> Response:
 async def change_settings(request: Request) -> Response:
     """PATCH /settings: change some knobs, all or none; answers with all of them."""
     service: Service = request.app.state.service
-    access: Access = request.app.state.access
-    if access.token is None:
-        raise HTTPException(403, "this server was started without a token, so its settings cannot be changed")
-    if not access.holds_token(_headers(request.scope)):
-        raise HTTPException(
-            401,
-            "changing settings needs the token that the panel shows: Authorization: Bearer <token>",
-            {"www-authenticate": "Bearer"},
-        )
-    with _Attention(request.receive, service.settings.timeout_s):
+    _owner_only(request, "changing settings")
+    timeout_s = service.settings.timeout_s
+    with _Attention(request.receive, timeout_s, f"{timeout_s * 1e3:,.6g} ms (timeout_ms)"):
         body = await _read_body(service, _headers(request.scope), request.receive)
     changes = formats.parse_json(body)
     if not isinstance(changes, dict):
         raise MalformedRequest('settings must be an object: {"max_batch_size": 8}')
     try:
-        settings = service.tune(**changes)
+        settings = service.tune(f"HTTP client {_client(request.scope)}", **changes)
     except SettingError as error:
         raise HTTPException(422, str(error)) from None
     return _json(settings.to_dict())
+
+
+async def errors(request: Request) -> Response:
+    """GET /errors: the latest failures with their tracebacks, newest first, for the owner."""
+    service: Service = request.app.state.service
+    _owner_only(request, "the list of failures")
+    return _json([incident.to_dict() for incident in service.incidents()], headers=_PRIVATE)
+
+
+def _owner_only(request: Request, what: str) -> None:
+    """Raise unless the request carries the token itself; the cookie of a browser is not enough."""
+    access: Access = request.app.state.access
+    if access.token is None:
+        raise HTTPException(403, f"this server was started without a token, and {what} needs one")
+    if not access.holds_token(_headers(request.scope)):
+        raise HTTPException(
+            401,
+            f"{what} needs the token that the panel shows: Authorization: Bearer <token>",
+            {"www-authenticate": "Bearer"},
+        )
 
 
 class _Collector:
@@ -382,8 +417,11 @@ class _Collector:
         self._service = service
 
     def collect(self) -> Any:
-        scheduler = self._service.batcher.scheduler
-        return self._service.metrics.families(scheduler.queue_depth, scheduler.in_flight)
+        yield gauge("serving_kit_build_info", "What serves; always 1.", ({"version": __version__}, 1))
+        yield from self._service.families()
+        # The process and its Python, by the names that every Prometheus client uses.
+        yield from PROCESS_COLLECTOR.collect()
+        yield from PLATFORM_COLLECTOR.collect()
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -396,9 +434,10 @@ class _Front:
     logged by a server thread into somebody's cell.
     """
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, access_log: bool = False) -> None:
         self.app = app
         self.access = access
+        self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -406,13 +445,14 @@ class _Front:
             return
         headers = _headers(scope)
         request_id = _request_id(headers.get(b"x-request-id"))
+        scope[_REQUEST_ID] = request_id.decode()
         method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
-        started = False
+        started, status, arrived = False, 499, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, status
             if message["type"] == "http.response.start":
-                started = True
+                started, status = True, message["status"]
                 message["headers"].append((b"x-request-id", request_id))
             await send(message)
 
@@ -430,6 +470,18 @@ class _Front:
             if not started:
                 response = _problem(error, request_id.decode(), scope["app"])
                 await response(scope, receive, send_with_id)
+        finally:
+            if self.access_log:
+                log.access(
+                    {
+                        "method": method,
+                        "path": path,  # without the query, which may hold the token
+                        "status": status,
+                        "latency_ms": round((time.monotonic() - arrived) * 1e3, 1),
+                        "request_id": request_id.decode(),
+                        "client": _client(scope),
+                    }
+                )
 
     def _pass(self, scope: Scope) -> Response | None:
         """For who opens `/?token=...`: a cookie, and the same page without the token in its address."""
@@ -462,7 +514,7 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
                 "the server failed on this request", detail=f"{type(error).__name__}: {error}"
             )
             if service is not None:
-                service.keep_incident(failed, error)
+                service.route_failed(failed, error, request_id)
             error = failed
         status, kind = next(STATUS[each] for each in type(error).__mro__ if each in STATUS)
         text, incident = str(error), error.incident
@@ -494,6 +546,12 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
 def _headers(scope: Scope) -> Headers:
     """By name, in lower case; of several with one name the last."""
     return dict(scope["headers"])
+
+
+def _client(scope: Scope) -> str:
+    """Address and port that the request came from; empty for a Unix socket."""
+    client = scope.get("client")
+    return f"{client[0]}:{client[1]}" if client else ""
 
 
 def _request_id(given: bytes | None) -> bytes:

@@ -56,24 +56,35 @@ class Breaker:
             return float("inf")
         return max(0.0, (self._until or now) - now)
 
-    def succeeded(self) -> None:
-        """The model has answered."""
-        if not self._latched:
-            self.reason, self.failures, self._pause, self._until = "", 0, 0.0, None
+    def succeeded(self) -> bool:
+        """The model has answered. Returns whether this closed it."""
+        if self._latched:
+            return False
+        closed = self._until is not None
+        self.reason, self.failures, self._pause, self._until = "", 0, 0.0, None
+        return closed
 
-    def failed(self, now: float, why: str) -> None:
-        """The model has failed, and it is not the input's fault. `why`: a class name or so."""
+    def failed(self, now: float, why: str) -> bool:
+        """The model has failed, and it is not the input's fault. Returns whether this opened it.
+
+        Args:
+            now: When.
+            why: A class name or so.
+        """
         gate = self.gate(now)
         if gate in (Gate.OPEN, Gate.LATCHED):
-            return  # from before it opened: nothing new
+            return False  # from before it opened: nothing new
         self.failures += 1
         if gate is Gate.CLOSED and self.failures < _FAILURES:
-            return
+            return False
         self._pause = min(max(2 * self._pause, _PAUSE_S), _LONGEST_PAUSE_S)
         self._until = now + self._pause
         self.reason = f"the model has failed {self.failures} times in a row, last with {why}"
+        return True
 
-    def latch(self, reason: str) -> None:
-        """Nothing will work again in this process."""
-        if not self._latched:
-            self._latched, self.reason = True, reason
+    def latch(self, reason: str) -> bool:
+        """Nothing will work again in this process. Returns whether that is new."""
+        if self._latched:
+            return False
+        self._latched, self.reason = True, reason
+        return True

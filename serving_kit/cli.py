@@ -15,7 +15,7 @@ from types import FrameType
 
 import uvicorn
 
-from serving_kit import __version__
+from serving_kit import __version__, log
 from serving_kit.app import build_app
 from serving_kit.connection import Connection
 from serving_kit.errors import SettingError, StartError
@@ -23,7 +23,7 @@ from serving_kit.guard import access, is_loopback
 from serving_kit.inline_server import bind
 from serving_kit.kit import TOKEN_VARIABLE
 from serving_kit.loading import load_model
-from serving_kit.service import Service
+from serving_kit.service import Service, check_live_timeout
 from serving_kit.settings import KNOBS, Knob, Settings
 
 
@@ -34,9 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings(
             **{name: value for name in KNOBS if (value := getattr(options, name)) is not None}
         )
+        check_live_timeout(options.live_timeout_s)
         sock = bind(options.host, options.port)
+        log.configure(options.log_level, options.log_format)
         print(f"loading {options.model or 'the demo model'}", flush=True)
-        service = Service(load_model(options.model, task=options.task, device=options.device), settings)
+        model = load_model(options.model, task=options.task, device=options.device)
+        service = Service(model, settings, live_timeout_s=options.live_timeout_s)
     except (SettingError, StartError) as error:
         print(f"serving-kit: {error}", file=sys.stderr)
         return 2
@@ -50,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"other machines can reach it, so everything needs the token: {token}")
         print(f"in a browser: {url}/?token={token}", flush=True)
     rule = access(token, options.host, allowed_hosts=options.allow_host, allowed_origins=options.allow_origin)
-    app = build_app(service, access=rule)
+    app = build_app(service, access=rule, access_log=options.access_log)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, http=Connection, timeout_graceful_shutdown=10
+        app,
+        log_config=None,  # its lines go where ours go
+        log_level="warning",
+        access_log=False,
+        http=Connection,
+        timeout_graceful_shutdown=10,
     )
     _Server(config, service).run(sockets=[sock])
     return 0
@@ -93,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask (CORS)"
     )
+    serve.add_argument(
+        "--live-timeout-s",
+        type=float,
+        metavar="S",
+        help="seconds after which a forward that hangs makes GET /live answer 503 (default: never)",
+    )
+    log.add_options(serve)
     knobs = serve.add_argument_group(
         "settings", "all of them can also be changed while it runs: PATCH /settings"
     )

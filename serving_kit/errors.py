@@ -21,7 +21,9 @@ that only the owner sees.
 
 from __future__ import annotations
 
-from serving_kit.records import Outcome
+from serving_kit.records import Outcome, shorten
+
+_LONGEST_DETAIL = 2000  # characters: an exception may quote an input of megabytes
 
 
 class ServingError(Exception):
@@ -37,7 +39,7 @@ class ServingError(Exception):
 
     def __init__(self, message: str, *, detail: str | None = None) -> None:
         super().__init__(message)
-        self.detail = detail
+        self.detail = None if detail is None else shorten(detail, _LONGEST_DETAIL)
         self.incident: str | None = None
 
 
@@ -80,6 +82,8 @@ class Overloaded(ServingError):
 
 class Unavailable(Overloaded):
     """The server cannot answer now for a reason other than load: draining, stopped, broken."""
+
+    outcome = Outcome.UNAVAILABLE
 
 
 class DeadlineExceeded(ServingError):

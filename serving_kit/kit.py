@@ -28,7 +28,7 @@ from serving_kit.inline_server import InlineServer, bind
 from serving_kit.loading import load_model
 from serving_kit.metrics import HISTORY_S
 from serving_kit.records import BatchReason, Incident
-from serving_kit.service import Service
+from serving_kit.service import Service, check_live_timeout
 from serving_kit.settings import Settings, refuse_unknown
 
 TOKEN_VARIABLE = "SERVING_KIT_TOKEN"
@@ -103,7 +103,11 @@ class Server:
         Raises:
             SettingError: an unknown knob or a bad value; nothing was changed.
         """
-        return self._service.tune(**knobs)
+        return self._tune("tune()", knobs)
+
+    def _tune(self, by: str, knobs: Mapping[str, Any]) -> Settings:
+        """The same; `by` is who asks, for the log."""
+        return self._service.tune(by, **knobs)
 
     def stats(self, series: int = 0) -> dict[str, Any]:
         """What the panel shows. Durations in milliseconds; `window` covers the last 30 seconds.
@@ -204,7 +208,7 @@ class Server:
     def __repr__(self) -> str:
         state, _ = self._service.state()
         state = "replaced" if self._replaced else "failed" if self._inline.died else state
-        requests = self._service.metrics.outcomes.total()
+        requests = self._service.metrics.requests()
         return (
             f"<serving_kit.Server {self.name!r}: {self._service.model_name} ({self._service.task}) "
             f"at {self.url}, {state}, {requests} requests>"
@@ -237,6 +241,7 @@ def serve(
     shortcuts: bool = True,
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
+    live_timeout_s: float | None = None,
     **knobs: Any,
 ) -> Server:
     """Serve a model from this process, on a thread of its own. Returns when it can answer.
@@ -260,6 +265,8 @@ def serve(
             from the pipeline's by rounding (1e-6).
         allowed_hosts: Names by which a proxy may ask for it, besides localhost: "models.example.org".
         allowed_origins: Sites whose pages may ask it, and get CORS: "https://example.org".
+        live_timeout_s: Seconds after which a forward that hangs makes `GET /live` answer 503, so that an
+            orchestrator restarts the process; None: never. `GET /health` says so much sooner.
         **knobs: Any of `Settings`, such as max_batch_size=8.
 
     Raises:
@@ -268,6 +275,7 @@ def serve(
     """
     refuse_unknown(knobs)
     settings = Settings(**knobs)
+    check_live_timeout(live_timeout_s)
 
     def load() -> Service:
         if old is not None:
@@ -276,7 +284,7 @@ def serve(
             loaded = load_model(
                 model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
             )
-            return Service(loaded, settings, name=name)
+            return Service(loaded, settings, name=name, live_timeout_s=live_timeout_s)
         except SettingError as error:
             raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
         finally:
@@ -300,7 +308,7 @@ def serve(
                 sock.close()
                 raise
     given = {"task": task, "port": port, "host": host, "name": name, "device": device}
-    given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts}
+    given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts, "live_timeout_s": live_timeout_s}
     usual = inspect.signature(serve).parameters
     server._model_code = _as_called(model)
     server._named = {key: value for key, value in given.items() if value != usual[key].default}
@@ -338,6 +346,7 @@ def _take_over(old: Server, service: Service, rule: Access) -> Server:
         old._become_replaced()
 
     old._inline.swap(build_app(service, access=rule), then=register)
+    service.log.replaced(service.model_name, server.url)
     print(f"{_introduction(server)}, in place of the one that was {was}")
     return server
 
@@ -361,6 +370,7 @@ def _start(
     print(note)
     if old is not None:
         print(f"the one at {old.url} ({_biography(old)}) stops")
+        service.log.replaced(service.model_name, server.url)
         old._inline.stop()
         old._become_replaced()
     return server
@@ -389,6 +399,7 @@ def create_app(
     public: bool = False,
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
+    live_timeout_s: float | None = None,
     **knobs: Any,
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
@@ -408,6 +419,7 @@ def create_app(
         public: Ask for no token, whoever comes by whatever name: for behind a gateway that decides.
         allowed_hosts: As for `serve()`.
         allowed_origins: As for `serve()`.
+        live_timeout_s: As for `serve()`.
         **knobs: Any of `Settings`.
 
     Raises:
@@ -415,12 +427,13 @@ def create_app(
     """
     refuse_unknown(knobs)
     settings = Settings(**knobs)
+    check_live_timeout(live_timeout_s)
 
     def make_service() -> Service:
         loaded = load_model(
             model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
         )
-        return Service(loaded, settings, name=name)
+        return Service(loaded, settings, name=name, live_timeout_s=live_timeout_s)
 
     rule = access(
         token or os.environ.get(TOKEN_VARIABLE) or None,
@@ -453,4 +466,4 @@ def _biography(server: Server) -> str:
     service = server._service
     up = service.snapshot()["uptime_s"]
     words = f"{up:.0f} s" if up < 120 else f"{up / 60:.0f} min"
-    return f"up {words}, {service.metrics.outcomes.total()} requests"
+    return f"up {words}, {service.metrics.requests()} requests"

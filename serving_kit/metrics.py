@@ -15,7 +15,7 @@ import bisect
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,15 @@ class _Histogram:
         return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self.total)
 
 
+def gauge(name: str, text: str, *samples: tuple[Mapping[str, str], float]) -> Metric:
+    """A gauge with one value for each set of labels; all sets have the same names."""
+    names = list(samples[0][0])
+    family = GaugeMetricFamily(name, text, labels=names)
+    for labels, value in samples:
+        family.add_metric([labels[each] for each in names], float(value))
+    return family
+
+
 class Metrics:
     """The numbers of one server. `add_*` and the readers may be called from any thread."""
 
@@ -161,6 +170,11 @@ class Metrics:
         with self._lock:
             self.faults[fault] += 1
 
+    def requests(self) -> int:
+        """How many have ended."""
+        with self._lock:
+            return self.outcomes.total()
+
     def snapshot(self, now: float) -> dict[str, Any]:
         """The totals, and the last `WINDOW_S` seconds. Durations are in milliseconds."""
         with self._lock:
@@ -198,7 +212,10 @@ class Metrics:
             }
 
     def series(self, now: float, seconds: int = 120) -> list[dict[str, Any]]:
-        """One entry for each of the last `seconds` seconds, oldest first, silent ones included."""
+        """One entry for each of the last `seconds` seconds, oldest first, silent ones included.
+
+        What is older than `HISTORY_S` is not known: ask for no more.
+        """
         with self._lock:
             slots = {slot.second: slot for slot in self._slots}
             last = math.floor(now)
@@ -278,8 +295,10 @@ def _point(slot: Slot) -> dict[str, Any]:
         "shed": shed,
         "expired": slot.outcomes[Outcome.EXPIRED],
         "failed": slot.outcomes[Outcome.FAILED],
+        "unavailable": slot.outcomes[Outcome.UNAVAILABLE],
         "other": slot.outcomes.total()
         - shed
+        - slot.outcomes[Outcome.UNAVAILABLE]
         - slot.outcomes[Outcome.OK]
         - slot.outcomes[Outcome.EXPIRED]
         - slot.outcomes[Outcome.FAILED],

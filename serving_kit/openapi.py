@@ -71,7 +71,18 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                     },
                 }
             },
-            "/live": {"get": _get("Whether the process runs.", _object())},
+            "/live": {
+                "get": {
+                    "summary": "Whether the process can go on without a restart.",
+                    "responses": {
+                        "200": _json_answer("It can.", {"type": "object"}),
+                        "503": _json_answer(
+                            "One forward has run longer than live_timeout_s.", {"type": "object"}
+                        ),
+                        **_refused(403),
+                    },
+                }
+            },
             "/info": {"get": _get("Model, task, device, version.", _object())},
             "/stats": {"get": _get("Everything that the panel shows.", _object())},
             "/metrics": {"get": _get("Prometheus metrics.", _METRICS)},
@@ -88,13 +99,26 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                     },
                 },
             },
+            "/errors": {
+                "get": {
+                    "summary": "The latest failures, newest first.",
+                    "security": [{"token": []}],
+                    "responses": {
+                        "200": _json_answer(
+                            "With their tracebacks.",
+                            {"type": "array", "items": {"$ref": "#/components/schemas/Incident"}},
+                        ),
+                        **_refused(401, 403),
+                    },
+                }
+            },
         },
         "components": {
             "securitySchemes": {
                 "token": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "For changing settings; from another machine also for everything else.",
+                    "description": "For settings and failures; from another machine for everything.",
                 }
             },
             "schemas": {
@@ -117,6 +141,22 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                     "type": "object",
                     "additionalProperties": False,
                     "properties": describe_knobs(),
+                },
+                "Incident": {
+                    "type": "object",
+                    "required": ["id", "wall", "outcome", "error", "traceback", "request_ids"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "wall": {"type": "number", "description": "Seconds since the epoch."},
+                        "outcome": {"type": "string"},
+                        "error": {"type": "string", "description": "Class and text, shortened."},
+                        "traceback": {"type": "string", "description": "Shortened."},
+                        "request_ids": {
+                            "type": "array",
+                            "items": {"type": "string"},
+                            "description": "The first requests that it ended.",
+                        },
+                    },
                 },
                 "Problem": {
                     "type": "object",

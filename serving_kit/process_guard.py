@@ -6,6 +6,8 @@
 - Where log lines and warnings of the server's own threads go. A handler writes to `sys.stderr`, which
   in a kernel is whatever cell happens to run, so they are kept for `server.logs()` instead. Lines of
   all other threads pass untouched, and so does the user's own logging set-up.
+- Where this kit's own lines go (`log.py`), from any thread: to `server.logs()`, to handlers of the logger
+  `serving_kit`, and to those of its parents that do not write into a cell.
 
 Not here: starting threads (`inline_server.py`, `batching.py`).
 """
@@ -28,6 +30,7 @@ _KEPT_LINES = 200
 # hence the list; the transformers library logs through one handler of its own, hence its handlers.
 _LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "asyncio")
 _LIBRARIES = ("transformers", "torch", "huggingface_hub")
+_OURS = ("serving_kit", "serving_kit.access")
 
 _lock = threading.Lock()
 _holders: set[int] = set()
@@ -88,7 +91,34 @@ class _KeepOurs(logging.Filter):
         return False
 
 
+class _OutOfCells(logging.Filter):
+    """Hands records of this kit to every handler that would get them, but for those that write into a cell.
+
+    Handlers are looked up for each record, so that `logging.basicConfig()` in a later cell changes nothing.
+    What somebody attached to one of our own loggers is meant for our lines, wherever it writes.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        keep(_formatter.format(record))
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            for handler in logger.handlers:
+                ours = logger.name in _OURS
+                if record.levelno >= handler.level and (ours or not _writes_into_a_cell(handler)):
+                    handler.handle(record)
+            logger = logger.parent if logger.propagate else None
+        return False  # the record has been to its handlers; without any, Python would print it
+
+
+def _writes_into_a_cell(handler: logging.Handler) -> bool:
+    """Whether it writes to what a kernel has put in place of `sys.stdout` and `sys.stderr`."""
+    console = getattr(handler, "console", None)  # rich's handler
+    streams = (getattr(handler, "stream", None), getattr(console, "file", None))
+    return any(type(stream).__module__.startswith("ipykernel.") for stream in streams)
+
+
 _filter = _KeepOurs()
+_out_of_cells = _OutOfCells()
 _formatter = logging.Formatter("%(levelname)s %(name)s: %(message)s")
 
 
@@ -99,9 +129,15 @@ def _keep_log_lines() -> None:
     if logging.lastResort is not None:  # what a process without any handler prints with
         places.append(logging.lastResort)
     for place in places:
-        if _filter not in place.filters:
-            place.addFilter(_filter)
-            _undo.append(lambda place=place: place.removeFilter(_filter))  # type: ignore[misc]
+        _filter_with(_filter, place)
+    for name in _OURS:
+        _filter_with(_out_of_cells, logging.getLogger(name))
+
+
+def _filter_with(log_filter: logging.Filter, place: logging.Logger | logging.Handler) -> None:
+    if log_filter not in place.filters:
+        place.addFilter(log_filter)
+        _undo.append(lambda: place.removeFilter(log_filter))
 
 
 def _keep_warnings() -> None:

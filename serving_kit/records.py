@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Outcome(StrEnum):
@@ -19,6 +19,7 @@ class Outcome(StrEnum):
     TOO_LARGE = "too_large"
     REJECTED = "rejected"
     SHED = "shed"
+    UNAVAILABLE = "unavailable"  # refused for a reason other than load: broken, stopping
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -47,6 +48,8 @@ class RequestRecord(NamedTuple):
     items: int  # queue items that it was split into; 0 if it never reached the queue
     queue_wait: float | None  # longest wait of its items from arrival to batch start; None: never started
     forward: float | None  # duration of the batch that held that item; None: never started
+    request_id: str = ""  # as the HTTP answer carried it; empty for calls from the kernel
+    incident: str | None = None  # id of the `Incident` that ended it
 
     @property
     def latency(self) -> float:
@@ -82,8 +85,29 @@ class Incident:
     id: str
     wall: float  # seconds since the epoch
     outcome: Outcome
-    error: str  # exception class and text
-    traceback: str  # formatted; holds no frames, so it keeps no tensors alive
+    error: str  # exception class and text, shortened
+    traceback: str  # formatted and shortened; holds no frames, so it keeps no tensors alive
+    cause: str = ""  # exception class and the line that raised: equal for failures of one kind
+    request_ids: tuple[str, ...] = ()  # the first requests that it ended; a batch has several
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: what the panel and `GET /errors` show."""
+        return {
+            "id": self.id,
+            "wall": self.wall,
+            "outcome": self.outcome.value,
+            "error": self.error,
+            "traceback": self.traceback,
+            "request_ids": list(self.request_ids),
+        }
 
     def __str__(self) -> str:
         return f"incident {self.id} ({self.outcome}): {self.error}\n{self.traceback}".rstrip()
+
+
+def shorten(text: str, most: int) -> str:
+    """`text` if it has at most about `most` characters, else its head and tail and how much is missing."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from serving_kit import faults
-from serving_kit.breaker import Breaker
+from serving_kit.breaker import Breaker, Gate
 from serving_kit.culprits import Search
 from serving_kit.errors import ModelFailed, RequestTooLarge, ServingError, Unavailable
 from serving_kit.faults import Fault
@@ -162,6 +162,7 @@ class Recovery:
     breaker: Breaker
     ceiling: Ceiling
     witness: Witness | None = None
+    on_breaker: Callable[[Gate, str], None] = lambda gate, reason: None  # its new state, and why
     _tidied_at: float = -math.inf  # when memory was last looked for thoroughly
 
     # -- a forward has raised ----------------------------------------------------------------------
@@ -232,7 +233,9 @@ class Recovery:
         """The model has answered `job` well, in a forward of so many seconds."""
         if self.breaker.reason or self.breaker.failures:
             with self.lock:
-                self.breaker.succeeded()
+                closed = self.breaker.succeeded()
+            if closed:
+                self.on_breaker(Gate.CLOSED, "")
         if self.witness is None or seconds < self.witness.seconds:
             self.witness = Witness(seconds, job.value, job.parameters)
 
@@ -265,7 +268,9 @@ class Recovery:
     def _suspect(self, error: BaseException) -> None:
         """Blame the model itself."""
         with self.lock:
-            self.breaker.failed(self.clock(), type(error).__name__[:60])
+            opened = self.breaker.failed(self.clock(), type(error).__name__[:60])
+        if opened:
+            self.on_breaker(Gate.OPEN, self.breaker.reason)
 
     # -- who is told what --------------------------------------------------------------------------
 
@@ -282,7 +287,9 @@ class Recovery:
         failed: ServingError
         if fault is Fault.DEVICE:
             with self.lock:
-                self.breaker.latch(_LOST_DEVICE)
+                latched = self.breaker.latch(_LOST_DEVICE)
+            if latched:
+                self.on_breaker(Gate.LATCHED, _LOST_DEVICE)
         if isinstance(error, ServingError):
             failed = error
         elif fault is Fault.MEMORY and fits:

@@ -12,18 +12,24 @@ Not here: bodies and statuses (`app.py`, `formats.py`), threads (`batching.py`).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
+import os
 import secrets
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+from prometheus_client.core import Metric
+
 from serving_kit import faults
 from serving_kit.batching import Batcher
+from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -33,15 +39,19 @@ from serving_kit.errors import (
     SettingError,
 )
 from serving_kit.forward import Model, Result
-from serving_kit.metrics import Metrics
-from serving_kit.records import Incident, Outcome, RequestRecord
+from serving_kit.log import ServerLog
+from serving_kit.metrics import HISTORY_S, Metrics, gauge
+from serving_kit.records import Incident, Outcome, RequestRecord, shorten
 from serving_kit.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
 
 _KEPT_INCIDENTS = 100
+_LONGEST_ERROR, _LONGEST_TRACEBACK = 2000, 20_000  # characters kept of each
+_KEPT_REQUEST_IDS = 32  # of one incident
 _KEPT_CHANGES = 200
-# A forward that runs this much longer than any client would wait is called stuck.
-_STUCK_FACTOR, _STUCK_AT_LEAST_S = 2, 30.0
+# A forward is called stuck when it has run longer than `timeout_ms` times the first, and longer than 95 of
+# 100 such forwards times the second, and in any case longer than a pause of the machine.
+_STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
 _TOO_LATE = Result()  # what the alarm puts in place of an answer
@@ -80,6 +90,8 @@ class Ticket:
     service: Service
     arrived: float
     deadline: float
+    request_id: str = ""
+    limit_text: str = ""  # the time that it may take, and who says so
     items: int = 0
     queue_wait: float | None = None
     forward: float | None = None
@@ -98,8 +110,13 @@ class Ticket:
 
     def limit(self, timeout_s: float | None) -> None:
         """Give up after `timeout_s` seconds from arrival: sooner than the server would, never later."""
-        if timeout_s is not None:
-            self.deadline = min(self.deadline, self.arrived + timeout_s)
+        if timeout_s is not None and self.arrived + timeout_s < self.deadline:
+            self.deadline = self.arrived + timeout_s
+            self.limit_text = f"the client's {timeout_s * 1e3:,.6g} ms (X-Request-Timeout-Ms)"
+
+    def expired(self) -> DeadlineExceeded:
+        """What to raise when the deadline has passed: it names the limit that applied."""
+        return DeadlineExceeded(f"the request was not answered within {self.limit_text}")
 
     def __enter__(self) -> Ticket:
         return self
@@ -109,6 +126,7 @@ class Ticket:
     ) -> None:
         service, outcome = self.service, Outcome.OK
         service.held -= self.held
+        told = error
         failed: ModelFailed | None = None
         if isinstance(error, ServingError):
             outcome = error.outcome
@@ -120,11 +138,21 @@ class Ticket:
             outcome = Outcome.FAILED
             if isinstance(error, Exception):
                 detail = f"{type(error).__name__}: {error}"
-                failed = ModelFailed("the server failed on this request", detail=detail)
+                told = failed = ModelFailed("the server failed on this request", detail=detail)
                 service.keep_incident(failed, error)
-        service.metrics.add_request(
-            RequestRecord(self.arrived, service.clock(), outcome, self.items, self.queue_wait, self.forward)
+        incident = told.incident if isinstance(told, ServingError) else None
+        ended = service.clock()
+        record = RequestRecord(
+            self.arrived,
+            ended,
+            outcome,
+            self.items,
+            self.queue_wait,
+            self.forward,
+            self.request_id,
+            incident,
         )
+        service.add_request(record, told)
         if failed is not None:
             raise failed from error
 
@@ -142,8 +170,16 @@ class Service:
 
     `start`, `predict` and `stop` belong to the loop thread; everything else may be called from any.
 
+    Args:
+        model: What answers.
+        settings: The knobs; None: their defaults.
+        name: Of the server.
+        live_timeout_s: See `live`; None: never.
+        clock: Monotonic, in seconds.
+
     Raises:
-        SettingError: the settings ask this model for more than it can do.
+        SettingError: the settings ask this model for more than it can do, or `live_timeout_s` is not a
+            positive number.
     """
 
     def __init__(
@@ -152,29 +188,35 @@ class Service:
         settings: Settings | None = None,
         *,
         name: str = "default",
+        live_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings = settings or Settings()
+        check_live_timeout(live_timeout_s)
         _refuse_what_it_cannot(model, settings)
         self.name = name
         self.model_name, self.task, self.device = model.name, model.task_name, model.device
         self.model: ServedModel | None = model
         self.clock = clock
+        self.live_timeout_s = live_timeout_s
         self.started_at: float | None = None
         self.stopped = False
         self.held = 0  # bytes of the bodies of all requests under way
         self.metrics = Metrics()
-        self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
+        self.log = ServerLog(name, clock)
         self.batcher = Batcher(
             model,
             Scheduler(settings),
             on_batch=self.metrics.add_batch,
             on_error=self._keep_fault,
+            on_breaker=lambda gate, reason: self.log.breaker(gate.value, reason),
             clock=clock,
         )
         for timing in model.timings:
             self.batcher.scheduler.cost.observe(*timing)
-        self._incidents: deque[Incident] = deque(maxlen=_KEPT_INCIDENTS)
+        self._changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
+        self._incidents: dict[str, Incident] = {}  # by id, oldest first
+        self._keeping = threading.Lock()  # around every use of the two above
         self._tuning = threading.Lock()
 
     # -- life ------------------------------------------------------------------------------------
@@ -197,6 +239,7 @@ class Service:
             return await self.batcher.stop(drain_s)
         finally:
             self.abandon()
+            self.log.close()
 
     def abandon(self) -> None:
         """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
@@ -206,16 +249,20 @@ class Service:
 
     # -- one request -----------------------------------------------------------------------------
 
-    def observe(self) -> Ticket:
+    def observe(self, request_id: str = "") -> Ticket:
         """Count one request, from now to the end of the ticket's `with` block.
+
+        Args:
+            request_id: By which its client and the log know it.
 
         Raises:
             ServingError: as the block did; any other exception becomes a `ModelFailed`.
         """
         now = self.clock()
-        scheduler = self.batcher.scheduler
-        self.metrics.add_arrival(now, scheduler.queue_depth, scheduler.in_flight)
-        return Ticket(self, now, now + self.settings.timeout_s)
+        self.metrics.add_arrival(now, *self.batcher.load())
+        settings = self.settings
+        limit = f"{settings.timeout_ms:,.6g} ms (timeout_ms)"
+        return Ticket(self, now, now + settings.timeout_s, request_id, limit)
 
     async def predict(
         self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket
@@ -244,8 +291,10 @@ class Service:
             for index, item in enumerate(items):
                 result: Result = await item.payload.future
                 if result is _TOO_LATE:
-                    raise DeadlineExceeded("the request's time was up before the model had answered")
+                    raise ticket.expired()
                 _note(ticket, result)
+                if isinstance(result.error, DeadlineExceeded):
+                    raise ticket.expired()
                 if result.error is not None:
                     raise _located(result.error, index, len(items))
                 answers.append(result.value)
@@ -265,20 +314,27 @@ class Service:
         """The knobs in force."""
         return self.batcher.scheduler.settings
 
-    def tune(self, **changes: Any) -> Settings:
+    def tune(self, by: str = "code", /, **changes: Any) -> Settings:
         """Change some knobs, all or none; they count from the next decision.
+
+        Args:
+            by: Who asks for it, for the log.
+            changes: Knobs and their new values.
 
         Raises:
             SettingError: an unknown knob or a bad value; nothing was changed.
         """
         with self._tuning:
-            settings = self.settings.replace(**changes)
+            before = self.settings
+            settings = before.replace(**changes)
             if self.model is not None:
                 _refuse_what_it_cannot(self.model, settings)
             self.batcher.tune(settings)
             if changes:
                 values = {name: getattr(settings, name) for name in changes}
-                self.changes.append(Change(self.clock(), values))
+                with self._keeping:
+                    self._changes.append(Change(self.clock(), values))
+                self.log.settings(by, {name: getattr(before, name) for name in changes}, values)
         return settings
 
     @property
@@ -292,7 +348,11 @@ class Service:
     # -- what people ask -------------------------------------------------------------------------
 
     def state(self) -> tuple[str, str]:
-        """One word and a reason: ready, starting, draining, stopped, stuck or failed."""
+        """One word and a reason: ready, starting, draining, stopped, stuck or failed.
+
+        Stuck: one forward has run longer than twice `timeout_ms`, longer than three times what such
+        batches are expected to take at most, and longer than 5 s. It is ready again when that one ends.
+        """
         if self.stopped:
             return "stopped", "the server has stopped"
         if self.started_at is None:
@@ -301,28 +361,48 @@ class Service:
             return "draining", "the server is stopping"
         if trouble := self.batcher.trouble():
             return "failed", trouble
-        busy_since = self.batcher.busy_since
-        bound = max(_STUCK_AT_LEAST_S, _STUCK_FACTOR * self.settings.timeout_s)
-        if busy_since is not None and self.clock() - busy_since > bound:
-            return "stuck", f"one forward has been running for more than {bound:.0f} s"
+        if (stuck_s := self._stuck_for()) is not None:
+            return "stuck", f"one forward has been running for {stuck_s:.0f} s, far longer than expected"
         return "ready", self.batcher.doubt()
+
+    def live(self) -> tuple[bool, str]:
+        """Whether there is hope without a restart, and why not.
+
+        False only where `live_timeout_s` is set: once a forward that is stuck (see `state`) has run longer
+        than that. Python cannot end a forward; whoever runs the process can.
+        """
+        stuck_s = self._stuck_for()
+        if self.live_timeout_s is None or stuck_s is None or stuck_s <= self.live_timeout_s:
+            return True, ""
+        return False, f"one forward has been running for {stuck_s:.0f} s; the process must be restarted"
+
+    def _stuck_for(self) -> float | None:
+        """Seconds that a forward has run that takes far too long; None: there is none."""
+        running = self.batcher.running
+        if running is None:
+            return None
+        patience = max(_STUCK_TIMEOUTS * self.settings.timeout_s, _STUCK_EXPECTED * running.expected_s)
+        took = self.clock() - running.since
+        return took if took > max(patience, _STUCK_AT_LEAST_S) else None
 
     def snapshot(self, series: int = 0) -> dict[str, Any]:
         """Everything that there is to see now, as a JSON object. Durations are in milliseconds.
 
         Args:
-            series: Add `series`, one entry for each of the last so many seconds, and `changes`, the
-                knobs that moved.
+            series: Add `series`, one entry for each of the last so many seconds (at most 300), and
+                `changes`, the knobs that moved.
         """
         state, reason = self.state()
-        scheduler = self.batcher.scheduler
+        core = self.batcher.status()
         now = self.clock()
         history: dict[str, Any] = {}
-        if series:
-            changes = [{"ago_s": round(now - c.at, 3), "knobs": dict(c.knobs)} for c in self.changes]
-            points = self.metrics.series(now, series)
-            points[-1]["queue_depth"] = max(points[-1]["queue_depth"], scheduler.queue_depth)
-            points[-1]["in_flight"] = max(points[-1]["in_flight"], scheduler.in_flight)
+        if series > 0:
+            with self._keeping:
+                moved = list(self._changes)
+            points = self.metrics.series(now, min(series, HISTORY_S))
+            points[-1]["queue_depth"] = max(points[-1]["queue_depth"], core.load.queue_depth)
+            points[-1]["in_flight"] = max(points[-1]["in_flight"], core.load.in_flight)
+            changes = [{"ago_s": round(now - c.at, 3), "knobs": dict(c.knobs)} for c in moved]
             history = {"series": points, "changes": changes}
         return {
             "name": self.name,
@@ -332,15 +412,15 @@ class Service:
             "state": state,
             "reason": reason,
             "uptime_s": 0.0 if self.started_at is None else round(now - self.started_at, 3),
-            "queue_depth": scheduler.queue_depth,
-            "in_flight": scheduler.in_flight,
+            "queue_depth": core.load.queue_depth,
+            "in_flight": core.load.in_flight,
             "settings": self.settings.to_dict(),
             "cost": {
-                "known": scheduler.cost.known,
-                "call_ms": scheduler.cost.a * 1e3,
-                "token_us": scheduler.cost.b * 1e6,
-                "max_batch_tokens": scheduler.token_budget(),
-                "memory_limit_tokens": scheduler.ceiling.lowest(now),
+                "known": core.cost_known,
+                "call_ms": core.call_s * 1e3,
+                "token_us": core.token_s * 1e6,
+                "max_batch_tokens": core.max_batch_tokens,
+                "memory_limit_tokens": core.memory_limit_tokens,
             },
             **self.metrics.snapshot(now),
             **history,
@@ -348,21 +428,94 @@ class Service:
 
     def incidents(self) -> list[Incident]:
         """The latest failures, newest first. For the owner only."""
-        return list(self._incidents)[::-1]
+        with self._keeping:
+            return list(self._incidents.values())[::-1]
 
-    def keep_incident(self, failed: ServingError, error: BaseException) -> None:
+    def families(self) -> Iterator[Metric]:
+        """Everything that a Prometheus scraper is told about this server."""
+        core = self.batcher.status()
+        yield from self.metrics.families(*core.load)
+        about = {"model": self.model_name, "task": self.task, "device": self.device, "server": self.name}
+        ready = self.state()[0] == "ready"
+        yield gauge("serving_kit_ready", "1 while /health answers 200.", ({}, ready))
+        states = [({"state": gate.value}, core.breaker is gate) for gate in Gate]
+        yield gauge("serving_kit_breaker_state", "1 for the state of the circuit breaker.", *states)
+        yield gauge("serving_kit_model_info", "What is served; always 1.", (about, 1))
+
+    def add_request(self, record: RequestRecord, error: BaseException | None) -> None:
+        """Count and log a request that has ended, with what its client is told."""
+        self.metrics.add_request(record)
+        if error is not None:
+            incident = None
+            if record.incident is not None:
+                incident = self._attach(record.incident, record.request_id)
+            self.log.request(record, error, incident)
+
+    def keep_incident(self, failed: ServingError, error: BaseException) -> Incident:
         """Remember what really happened, under an id that the client may be told."""
-        failed.incident = secrets.token_hex(4)
-        text = "".join(traceback.format_exception(error))
-        self._incidents.append(
-            Incident(failed.incident, time.time(), failed.outcome, f"{type(error).__name__}: {error}", text)
-        )
+        incident = make_incident(error, failed.outcome)
+        failed.incident = incident.id
+        with self._keeping:
+            self._incidents[incident.id] = incident
+            if len(self._incidents) > _KEPT_INCIDENTS:
+                del self._incidents[next(iter(self._incidents))]
+        return incident
+
+    def route_failed(self, failed: ServingError, error: BaseException, request_id: str) -> None:
+        """Remember and log the failure of a route that asks no model."""
+        incident = self.keep_incident(failed, error)
+        self.log.failed_elsewhere(self._attach(incident.id, request_id) or incident)
+
+    def _attach(self, incident: str, request_id: str) -> Incident | None:
+        """Note that an incident has ended this request, too. None: it is too old to be known."""
+        with self._keeping:
+            known = self._incidents.get(incident)
+            if known is None or not request_id or len(known.request_ids) >= _KEPT_REQUEST_IDS:
+                return known
+            known = dataclasses.replace(known, request_ids=(*known.request_ids, request_id))
+            self._incidents[incident] = known
+            return known
 
     def _keep_fault(self, failed: ServingError, error: BaseException) -> None:
         """Count and remember what went wrong on the model thread."""
         if not isinstance(failed, InputRejected):
             self.metrics.add_fault(faults.kind(error))
-        self.keep_incident(failed, error)
+        incident = self.keep_incident(failed, error)
+        if isinstance(error, faults.WorkerDied):
+            self.log.worker_died(incident)
+
+
+def make_incident(error: BaseException, outcome: Outcome = Outcome.FAILED) -> Incident:
+    """What the owner is told about an exception, within bounds."""
+    return Incident(
+        id=secrets.token_hex(4),
+        wall=time.time(),
+        outcome=outcome,
+        error=shorten(f"{type(error).__name__}: {error}", _LONGEST_ERROR),
+        traceback=shorten("".join(traceback.format_exception(error)), _LONGEST_TRACEBACK),
+        cause=_cause(error),
+    )
+
+
+def check_live_timeout(seconds: Any) -> None:
+    """Raise `SettingError` unless it is None or a positive number of seconds."""
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 < seconds < math.inf):
+        raise SettingError(
+            f"live_timeout_s must be a number of seconds above 0, or None for never; got {seconds!r}"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What failures of one kind have in common: the class, and the line that raised."""
+    source = (isinstance(error, faults.WorkerDied) and error.__cause__) or error
+    name, frames = type(source).__name__[:60], source.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    if frames is None:
+        return name
+    file = os.path.basename(frames.tb_frame.f_code.co_filename)
+    return f"{name} at {file}:{frames.tb_lineno}"
 
 
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:

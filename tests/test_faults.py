@@ -751,7 +751,7 @@ def test_a_stuck_forward_gives_504_on_time_and_health_says_so_and_stop_returns(
     assert late.status_code == 504
     assert time.monotonic() - began < 2
     wait_until(lambda: health(client)[:2] == (503, "stuck"))
-    assert "one forward has been running for more than 0 s" in health(client)[2]
+    assert "one forward has been running for" in health(client)[2]
     model.go_on.set()
     wait_until(lambda: health(client)[0] == 200)
     model.go_on.clear()
