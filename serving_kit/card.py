@@ -17,6 +17,7 @@ _INSTEAD = (
     '.jp-OutputArea-child:has([data-serving-kit="MARK"]) + .jp-OutputArea-child:not(:has(.sk)) '
     "{ display: none; }"
 )
+_BAD = ("shed", "expired", "failed", "unavailable")
 _WIDTH, _HEIGHT, _GAP = 560, 44, 18
 _BLUE, _SOFT = "#4a86c5", "#8b949e"  # readable on white and on black
 
@@ -36,7 +37,7 @@ def card(snapshot: Mapping[str, Any], points: Sequence[Mapping[str, Any]] = (), 
         "state": snapshot["reason"] or snapshot["state"],
         "address": snapshot.get("url", ""),
         "answered": f"{requests['ok']:,}",
-        "shed, expired, failed": " / ".join(f"{requests[k]:,}" for k in ("shed", "expired", "failed")),
+        ", ".join(_BAD): " / ".join(f"{requests[k]:,}" for k in _BAD),
         "answers per second": f"{window['answers_per_s']:,.1f}",
         "latency p50, p95, p99": " / ".join(_number(latency[k]) for k in ("p50", "p95", "p99")) + " ms",
         "mean batch": _number(window["batch_size_mean"]),

@@ -2,9 +2,9 @@
 // panel.js goes on from here: both are one module, for the notebook (panel.py) and the page (app.py).
 
 const REASONS = ["full", "budget", "idle", "deadline", "all_present", "retry", "drain"]; // of records.py
-const BAD = ["shed", "expired", "failed"];
+const BAD = ["shed", "expired", "failed", "unavailable"];
 const LEAST = { p50: 2, p95: 20, p99: 100 }; // samples, below which a percentile is only the largest of them
-const NOBODY = { queue_depth: 0, in_flight: 0, arrivals: 0, ok: 0, shed: 0, expired: 0, failed: 0, samples: 0, latency_ms: {}, queue_wait_ms: {}, forward_ms: {}, sizes: {}, reasons: {} };
+const NOBODY = { queue_depth: 0, in_flight: 0, arrivals: 0, ok: 0, shed: 0, expired: 0, failed: 0, unavailable: 0, samples: 0, latency_ms: {}, queue_wait_ms: {}, forward_ms: {}, sizes: {}, reasons: {} };
 const LEFT = 40, DELAY_S = 1.25; // of the charts: the newest second is drawn when it is over
 
 
@@ -90,7 +90,7 @@ const CHARTS = [
     },
   },
   {
-    name: "Requests per second", knobs: /status|errors|body/, least: 4, most: (p) => Math.max(p.arrivals, p.ok + p.shed + p.expired + p.failed),
+    name: "Requests per second", knobs: /status|errors|body/, least: 4, most: (p) => Math.max(p.arrivals, p.ok + sum(BAD.map((name) => p[name]))),
     keys: [["strong", "in", (p) => count(p.arrivals)], ["wait", "ok", (p) => count(p.ok)], ...BAD.map((name) => [name, name, (p) => count(p[name])])],
     draw({ g, x, y, ink, points, line }) {
       for (const p of points) {
@@ -245,10 +245,10 @@ function unpack(bytes) {
   const snapshot = JSON.parse(new TextDecoder().decode(bytes)), reasons = Object.keys(snapshot.batches);
   const series = snapshot.rows.map((row, i) => {
     if (!row) return { ...NOBODY, second: snapshot.first + i };
-    const [queue_depth, in_flight, arrivals, ok, shed, expired, failed, samples, p50, p95, p99, wait, work, padding, step, digits, why] = row;
+    const [queue_depth, in_flight, arrivals, ok, shed, expired, failed, unavailable, samples, p50, p95, p99, wait, work, padding, step, digits, why] = row;
     const sizes = Object.fromEntries([...digits].map((digit, level) => [(level + 1) * step, +digit]).filter(([, n]) => n));
     return {
-      second: snapshot.first + i, queue_depth, in_flight, arrivals, ok, shed, expired, failed, samples, padding, step, sizes, mean: mean(sizes, step),
+      second: snapshot.first + i, queue_depth, in_flight, arrivals, ok, shed, expired, failed, unavailable, samples, padding, step, sizes, mean: mean(sizes, step),
       latency_ms: { p50, p95, p99 }, queue_wait_ms: { p50: wait }, forward_ms: { p50: work }, reasons: Object.fromEntries(reasons.map((reason, k) => [reason, (why || [])[k] || 0])),
     };
   });

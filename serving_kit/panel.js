@@ -5,7 +5,7 @@
 const TILES = {
   "now": ["waiting", "in flight"],
   "last 30 s": ["requests/s", "answers/s", "p50 ms", "p95 ms", "p99 ms", "mean batch"],
-  "since the start": ["ok", "shed", "expired", "failed"],
+  "since the start": ["ok", "shed", "expired", "failed", "unavailable"],
 };
 const LIVE = ["ready", "draining", "stuck"];
 const FIRST = ["max_batch_size", "max_wait_ms", "max_queue_size", "timeout_ms", "group_by_length", "drop_hopeless"];

@@ -8,8 +8,8 @@ on that comm. Frames are published by a thread, so a slider on their comm would 
 cell; the controls' comm carries nothing but answers to the browser, so that a slider works during it.
 
 A frame is the whole picture, so a view that opens late, or again, is right at once. Nothing is sent
-while nothing changes, or while every view is out of sight. Nothing here prints, and nothing raises
-where a cell would show it.
+while nothing changes, or before a view has said that it is in sight. Nothing here prints, and nothing
+raises where a cell would show it; a tick that raises is logged and the next one comes a little later.
 
 A notebook gets two outputs: a static card, which is all that a saved notebook still has when its kernel
 is gone, and the widget, which hides the card for as long as it lives.
@@ -35,8 +35,10 @@ import orjson
 from serving_kit import process_guard
 from serving_kit.card import card
 from serving_kit.errors import SettingError
+from serving_kit.log import ServerLog
 from serving_kit.openapi import describe_knobs
 from serving_kit.records import BatchReason, Incident
+from serving_kit.service import make_incident
 from serving_kit.settings import KNOBS, Settings
 from serving_kit.urls import browser_address
 
@@ -48,10 +50,21 @@ _QUIET_TICKS = 8  # without a change, before the slower tick
 _MOST_OF_A_CORE = 0.01  # a slow machine gets fewer frames, not a slower model
 _CARD_S = 10.0  # between two pictures of the card behind a live panel
 _JOIN_S = 0.5
+_LONGEST_WAIT_S = 30.0  # after ticks that raised
 _SIZE_ROWS = 24  # rows of the batch-size chart, which bounds a frame
 _KEPT_ERRORS = 8
 _MIME = "application/vnd.jupyter.widget-view+json"
-_COUNTS = ("queue_depth", "in_flight", "arrivals", "ok", "shed", "expired", "failed", "samples")
+_COUNTS = (
+    "queue_depth",
+    "in_flight",
+    "arrivals",
+    "ok",
+    "shed",
+    "expired",
+    "failed",
+    "unavailable",
+    "samples",
+)
 _EVENTS = ("requests", "batches", "queue_depth", "in_flight", "settings", "state", "errors")
 _SILENT = b"0"  # a second in which nothing happened
 
@@ -69,8 +82,8 @@ class Server(Protocol):
     def stats(self, series: int = 0) -> dict[str, Any]:
         """A snapshot with the last `series` seconds."""
 
-    def tune(self, **knobs: Any) -> Settings:
-        """Change knobs, all or none; raises `SettingError`."""
+    def _tune(self, by: str, knobs: Mapping[str, Any]) -> Settings:
+        """Change knobs, all or none; raises `SettingError`. `by`: who asks, for the log."""
 
     def errors(self) -> list[Incident]:
         """The latest failures, newest first."""
@@ -114,6 +127,7 @@ class Panel:
         self.widget: Any = None
         self.controls: Any = None
         self._look(server)
+        self._log = ServerLog(str(self._snapshot["name"]))
         self._make_widgets()
         if not server.running:
             self._finished = True
@@ -187,7 +201,7 @@ class Panel:
             self._wake.set()
             if self._thread is not None:
                 self._thread.join(_JOIN_S)
-            if server is not None and (self._look(server) or self._unsent):
+            if server is not None and (self._look(server) or self._unsent) and self._has_views():
                 self._send()
             self._refresh_card()  # before the widgets go: the card must know which view comes after it
             self._let_go()
@@ -204,6 +218,9 @@ class Panel:
             self._let_go()
         self._wake.set()
 
+    def _has_views(self) -> bool:
+        return bool(self._in_sight or self._out_of_sight)
+
     def _let_go(self) -> None:
         """Close the widgets of a server that has ended once no view is left: the kernel would keep them.
 
@@ -211,7 +228,7 @@ class Panel:
         """
         with self._looking:  # the cell that stops the server, and the thread that reads the last view's end
             widget, controls = self.widget, self.controls
-            if controls is None or self._in_sight or self._out_of_sight:
+            if controls is None or self._has_views():
                 return
             self.widget = self.controls = None
         widget.layout.close()
@@ -221,32 +238,46 @@ class Panel:
     # -- the publisher ---------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        quiet, wait, last = 0, _TICK_S, time.monotonic()
-        try:
-            while True:
-                self._wake.wait(wait)
-                self._wake.clear()
-                began = time.thread_time()
-                server = self._server()
-                if server is None or self._finished:
-                    return
-                sent = self._tick(server)
-                quiet = 0 if self._moved else quiet + 1
-                if not server.running:
-                    return
-                del server  # while we sleep, nothing of ours holds it
-                cost, now = time.thread_time() - began, time.monotonic()
-                share = 0.1 / max(now - last, _TICK_S)
-                self._cost_ms += share * cost * 1e3 - 0.1 * self._cost_ms
-                self._cost_kb += share * sent / 1e3 - 0.1 * self._cost_kb
-                last = now
-                wait = max(_TICK_S if quiet < _QUIET_TICKS else _IDLE_TICK_S, cost / _MOST_OF_A_CORE)
-        except Exception as error:
-            process_guard.keep(f"panel: {type(error).__name__}: {error}; it shows no more numbers")
+        quiet, failures, wait, last = 0, 0, _TICK_S, time.monotonic()
+        while True:
+            self._wake.wait(wait)
+            self._wake.clear()
+            began = time.thread_time()
+            try:
+                sent = self._step()
+            except Exception as error:  # one bad moment must not end it
+                failures += 1
+                wait = min(2**failures * _TICK_S, _LONGEST_WAIT_S)
+                self._log.panel_failed(make_incident(error))
+                continue
+            if sent is None:
+                return
+            failures, quiet = 0, 0 if self._moved else quiet + 1
+            cost, now = time.thread_time() - began, time.monotonic()
+            share = 0.1 / max(now - last, _TICK_S)
+            self._cost_ms += share * cost * 1e3 - 0.1 * self._cost_ms
+            self._cost_kb += share * sent / 1e3 - 0.1 * self._cost_kb
+            last = now
+            wait = max(_TICK_S if quiet < _QUIET_TICKS else _IDLE_TICK_S, cost / _MOST_OF_A_CORE)
+
+    def _step(self) -> int | None:
+        """One tick. Returns how many bytes were sent; None: there will be no more to send.
+
+        A function of its own, so that nothing holds the server between two ticks.
+        """
+        server = self._server()
+        if server is None or self._finished:
+            return None
+        sent = self._tick(server)
+        return sent if server.running else None
 
     def _tick(self, server: Server) -> int:
-        """Look, and tell whoever is watching. Returns how many bytes were sent."""
-        watched = self.controls is not None and bool(self._in_sight or not self._out_of_sight)
+        """Look, and tell the views that are in sight. Returns how many bytes were sent.
+
+        Views say that they are there: a notebook that no front end shows is sent no frames.
+        """
+        self._moved = False
+        watched = self.controls is not None and bool(self._in_sight)
         pause = _CARD_S if self.controls is not None else _IDLE_TICK_S
         card_due = self._cards is not None and time.monotonic() - self._card_at >= pause
         if not watched and not card_due and server.running:
@@ -382,15 +413,12 @@ def _answer(panel_ref: weakref.ref[Panel], controls: Any, message: Any, buffers:
             panel._see(str(message["view"]), message["seen"])
         elif message["kind"] == "errors":
             errors = server.errors()[:_KEPT_ERRORS] if server is not None else []
-            answer["errors"] = [
-                {"id": e.id, "wall": e.wall, "outcome": e.outcome, "error": e.error, "traceback": e.traceback}
-                for e in errors
-            ]
+            answer["errors"] = [incident.to_dict() for incident in errors]
         elif server is None or not server.running:
             answer["error"] = "the server has stopped"
         else:
             try:
-                answer["settings"] = server.tune(**message["knobs"]).to_dict()
+                answer["settings"] = server._tune("panel", message["knobs"]).to_dict()
             except SettingError as error:
                 answer["error"] = str(error)
         controls.send(answer)
@@ -463,7 +491,7 @@ def _plain_sliders(server_ref: weakref.ref[Server]) -> Any:
             value = int(value)
         try:
             if server is not None:
-                server.tune(**{name: value})
+                server._tune("panel", {name: value})
             refusal.value = ""
         except SettingError as error:
             refusal.value = html.escape(str(error))

@@ -490,7 +490,8 @@ def test_without_a_subshell_a_touch_counts_when_the_cell_has_ended(kernel: Kerne
 
 def test_frames_come_while_a_cell_blocks_and_none_in_silence(kernel: Kernel) -> None:
     url = kernel.serve()
-    frames, _ = show_panel(kernel)
+    frames, controls = show_panel(kernel)
+    say(kernel, controls, {"kind": "seen", "id": "1", "view": "one", "seen": True}, None)
     sent = kernel.comms.setdefault(frames, [])
     kernel.run("import time; time.sleep(1)")
     assert sent == []

@@ -65,6 +65,7 @@ def see(panel, view="one", seen=True):
 
 
 def test_numbers_move_while_requests_flow(server):
+    see(server.panel)
     sent = count_frames(server.panel)
     server(["a", "b", "c"])
     assert until(lambda: sent and json.loads(sent[-1])["items"] == 3)
@@ -75,7 +76,7 @@ def test_numbers_move_while_requests_flow(server):
     depth, in_flight, arrivals, ok, *bad, samples, p50, p95, p99, wait, forward, padding, step, sizes, why = (
         row
     )
-    assert (arrivals, ok, bad, samples) == (1, 1, [0, 0, 0], 1)
+    assert (arrivals, ok, bad, samples) == (1, 1, [0, 0, 0, 0], 1)
     assert in_flight >= depth
     assert p99 >= p95 >= p50 > 0
     assert p50 + 0.1 >= wait + forward > 0
@@ -94,12 +95,13 @@ def test_the_frame_has_what_stats_has(server):
     for point in stats["series"]:
         if point["arrivals"]:
             row = rows[point["second"]]
-            assert row[2:7] == [point[key] for key in ("arrivals", "ok", "shed", "expired", "failed")]
+            assert row[2:8] == [point[key] for key in panel_module._COUNTS[2:8]]
             assert row[-1] == [point["reasons"].get(reason, 0) for reason in panel_module.REASONS]
 
 
 def test_nothing_is_sent_while_nothing_changes(server):
     panel = server.panel
+    see(panel)
     time.sleep(0.3)
     sent = count_frames(panel)
     time.sleep(1.2)
@@ -108,6 +110,7 @@ def test_nothing_is_sent_while_nothing_changes(server):
 
 
 def test_a_moved_knob_is_marked(server):
+    see(server.panel)
     sent = count_frames(server.panel)
     server.tune(max_batch_size=5)
     assert until(lambda: sent and json.loads(sent[-1])["settings"]["max_batch_size"] == 5)
@@ -224,6 +227,7 @@ def test_while_a_newer_run_loads_the_panel_says_so(server, monkeypatch):
     from serving_kit import kit
 
     panel, seen = server.panel, []
+    see(panel)
 
     def load(*args, **more):
         assert until(lambda: "newer run is loading" in frame(panel)["reason"])
@@ -266,14 +270,36 @@ def test_the_publisher_keeps_no_server_alive():
         panel.finish()
 
 
-def test_a_publisher_that_fails_is_silent(server, monkeypatch, capfd):
+def test_a_publisher_whose_look_fails_says_so_in_the_log_and_goes_on(server, monkeypatch, capfd):
     panel = server.panel
-    monkeypatch.setattr(panel, "_look", lambda server: 1 / 0)
-    panel._thread.join(3)
-    assert not panel._thread.is_alive()
-    panel.finish()
-    assert any("ZeroDivisionError" in line for line in process_guard.lines())
+    see(panel)
+    look, failing = panel._look, threading.Event()
+
+    def fail_once(server):
+        if failing.is_set():
+            return look(server)
+        failing.set()
+        raise RuntimeError("deque mutated during iteration")
+
+    monkeypatch.setattr(panel, "_look", fail_once)
+    sent = count_frames(panel)
+    assert failing.wait(10)
+    server("a")
+    assert until(lambda: sent and json.loads(sent[-1])["requests"]["ok"] == 1)
+    assert any("the panel failed" in line and "deque mutated" in line for line in process_guard.lines())
     assert capfd.readouterr() == ("", "")
+
+
+def test_before_a_view_says_that_it_is_there_nothing_is_sent(server):
+    panel = server.panel
+    sent = count_frames(panel)
+    for _ in range(3):
+        server("a")
+        time.sleep(0.3)
+    assert sent == []
+    see(panel)
+    assert until(lambda: sent)
+    assert json.loads(sent[-1])["requests"]["ok"] == 3
 
 
 # -- the browser asks -----------------------------------------------------------------------------
@@ -285,10 +311,13 @@ def test_hello_is_answered_with_the_token_which_is_nowhere_else(server):
     assert server.token not in repr(panel.widget.get_state()) + repr(server._repr_mimebundle_())
 
 
-def test_a_slider_tunes_the_server(server):
+def test_a_slider_tunes_the_server_and_the_log_says_that_it_was_the_panel(server, caplog):
+    caplog.set_level("INFO", "serving_kit")
     answers = ask(server.panel, {"kind": "tune", "id": 7, "knobs": {"max_batch_size": 3}})
     assert server.settings.max_batch_size == 3
     assert answers == [{"id": 7, "settings": server.settings.to_dict()}]
+    [record] = caplog.records
+    assert (record.by, record.setting, record.after) == ("panel", "max_batch_size", 3)
 
 
 def test_the_last_errors_come_with_their_incidents_and_tracebacks():
@@ -297,6 +326,7 @@ def test_the_last_errors_come_with_their_incidents_and_tracebacks():
 
     with serving_kit.serve(broken, port=0) as server:
         panel = server.panel
+        see(panel)
         with pytest.raises(serving_kit.ModelFailed):
             server("a")
         [answer] = ask(panel, {"kind": "errors", "id": 3})
@@ -439,6 +469,7 @@ def test_history_is_a_table_of_what_the_panel_shows(server, monkeypatch):
 def test_the_call_as_code(serve):
     server = serve(shout, name="loud", max_batch_size=4)
     server.tune(overload_status=429, max_wait_ms=2)
+    see(server.panel)
     code = server.as_code()
     expected = "port=0, name='loud', max_batch_size=4, max_wait_ms=2.0, overload_status=429"
     assert code == f"serving_kit.serve(shout, {expected})"
