@@ -32,7 +32,14 @@ from typing import Any
 
 from serving_kit import forward
 from serving_kit.breaker import Breaker, Gate
-from serving_kit.errors import ModelFailed, Overloaded, RequestTooLarge, ServingError, Unavailable
+from serving_kit.errors import (
+    DeadlineExceeded,
+    ModelFailed,
+    Overloaded,
+    RequestTooLarge,
+    ServingError,
+    Unavailable,
+)
 from serving_kit.faults import WorkerDied
 from serving_kit.forward import Call, Job, Model, Result, dropped
 from serving_kit.records import BatchReason, BatchRecord
@@ -111,6 +118,7 @@ class Batcher:
         Raises:
             RequestTooLarge: more values than the queue can ever hold.
             Overloaded: refused at the door.
+            DeadlineExceeded: its time is shorter than any call of the model takes.
             Unavailable: the server is stopping, or the model is broken.
         """
         assert self._loop is not None, "submit() before start(). This is a bug."
@@ -139,6 +147,8 @@ class Batcher:
             if refusal is None:
                 self._unanswered.update(items)
                 self._wake.notify()
+        if refusal is not None and refusal.expired:
+            raise DeadlineExceeded(f"the request cannot be answered: {refusal.reason}")
         if refusal is not None:
             raise Overloaded(f"the server is overloaded: {refusal.reason}", retry_after=refusal.retry_after)
         return items
@@ -217,7 +227,9 @@ class Batcher:
 
     def doubt(self) -> str:
         """Why it is not certain that requests can be answered; empty if there is no reason for doubt."""
-        return self.breaker.reason and f"{self.breaker.reason}; one request at a time is let in to try again"
+        if self.breaker.reason:
+            return f"{self.breaker.reason}; one request at a time is let in to try again"
+        return self.scheduler.doubt(self.clock())
 
     def _out_of_order(self, now: float) -> Unavailable:
         pause = self.breaker.pause(now)
@@ -311,7 +323,7 @@ class Batcher:
         if fresh:
             self._prepare(fresh)
             return True
-        self._deliver([(item, dropped(drop)) for item, drop in decision.dropped])
+        self._deliver([(item, dropped(drop, decision.retry_after)) for item, drop in decision.dropped])
         if decision.batch:
             self._run(decision.batch)
         return True

@@ -66,8 +66,8 @@ class ServedModel(Model, Protocol):
         """Whether its inputs are images or sound."""
 
     @property
-    def timings(self) -> Sequence[tuple[int, int, float]]:
-        """Batches that it has run already: padded tokens, tokens, seconds."""
+    def timings(self) -> Sequence[tuple[int, float]]:
+        """Batches that it has run already: padded tokens, seconds."""
 
     def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
