@@ -32,7 +32,14 @@ from typing import Any, NamedTuple
 
 from serving_kit import forward
 from serving_kit.breaker import Breaker, Gate
-from serving_kit.errors import ModelFailed, Overloaded, RequestTooLarge, ServingError, Unavailable
+from serving_kit.errors import (
+    DeadlineExceeded,
+    ModelFailed,
+    Overloaded,
+    RequestTooLarge,
+    ServingError,
+    Unavailable,
+)
 from serving_kit.faults import WorkerDied
 from serving_kit.forward import Call, Job, Model, Result, dropped
 from serving_kit.records import BatchReason, BatchRecord
@@ -67,6 +74,7 @@ class Status:
     draining: bool
     breaker: Gate
     cost_known: bool
+    cost_doubt: str  # why the learned cost was given up; empty if it was not, lately
     call_s: float  # learned: seconds per call
     token_s: float  # learned: seconds per padded token
     max_batch_tokens: int  # in force
@@ -141,6 +149,7 @@ class Batcher:
         Raises:
             RequestTooLarge: more values than the queue can ever hold.
             Overloaded: refused at the door.
+            DeadlineExceeded: its time is shorter than any call of the model takes.
             Unavailable: the server is stopping, or the model is broken.
         """
         assert self._loop is not None, "submit() before start(). This is a bug."
@@ -169,6 +178,8 @@ class Batcher:
             if refusal is None:
                 self._unanswered.update(items)
                 self._wake.notify()
+        if refusal is not None and refusal.expired:
+            raise DeadlineExceeded(f"the request cannot be answered: {refusal.reason}")
         if refusal is not None:
             raise Overloaded(f"the server is overloaded: {refusal.reason}", retry_after=refusal.retry_after)
         return items
@@ -245,6 +256,7 @@ class Batcher:
                 draining=scheduler.draining,
                 breaker=self.breaker.gate(now),
                 cost_known=scheduler.cost.known,
+                cost_doubt=scheduler.doubt(now),
                 call_s=scheduler.cost.a,
                 token_s=scheduler.cost.b,
                 max_batch_tokens=scheduler.token_budget(),
@@ -269,8 +281,10 @@ class Batcher:
 
     def doubt(self) -> str:
         """Why it is not certain that requests can be answered; empty if there is no reason for doubt."""
-        reason = self.breaker.reason
-        return reason and f"{reason}; one request at a time is let in to try again"
+        if reason := self.breaker.reason:
+            return f"{reason}; one request at a time is let in to try again"
+        with self._wake:
+            return self.scheduler.doubt(self.clock())
 
     def _out_of_order(self, now: float) -> Unavailable:
         pause = self.breaker.pause(now)
@@ -366,7 +380,7 @@ class Batcher:
         if fresh:
             self._prepare(fresh)
             return True
-        self._deliver([(item, dropped(drop)) for item, drop in decision.dropped])
+        self._deliver([(item, dropped(drop, decision.retry_after)) for item, drop in decision.dropped])
         if decision.batch:
             self._run(decision.batch)
         return True

@@ -1,30 +1,52 @@
 """What a batch will cost, learned online from finished batches.
 
-    seconds(x) = (a + b * x) * s        x = padded tokens of the batch (items x longest)
+    seconds(x) = (a + b * x) * level        x = padded tokens of the batch (items x longest)
 
-`a` is what a call costs whatever it holds, `b` what a padded token costs, `s` follows slow-downs
-within a few batches (a throttled laptop, a noisy neighbour). On a CPU a/b is tens of tokens, on a
-GPU thousands; that ratio is all the scheduler needs to find small batches on one and big ones on
-the other.
+`a` is what a call costs whatever it holds, `b` what a padded token costs. On a CPU a/b is tens of
+tokens, on a GPU thousands; that ratio is all the scheduler needs to find small batches on one and big
+ones on the other. `level` follows everything that slows down or speeds up as a whole: a throttled
+laptop, a noisy neighbour, a model that waits for something.
 
-Fit: weighted least squares over all batches with exponential forgetting. Weights are 1/t^2, so that
-the error is relative and long batches do not drown short ones. The 95th percentile of
-(actual / predicted) is tracked by stochastic gradient descent on the pinball loss. A batch that took
-more than three times its prediction (a hiccup, a lazy initialisation) counts as three times.
+- Shape (a, b): least squares with exponential forgetting over all batches, each divided by the level
+  at its time. Weights are 1/t^2, so that the error is relative and long batches do not hide short ones.
+- Level: exponential smoothing of log(actual / predicted), without bounds, with the adaptive gain of
+  Trigg and Leach (1967): |mean error| / mean |error|. Errors in one direction raise the gain, so that a
+  lasting change is believed after two or three batches; errors in both directions, as a model with two
+  speeds makes them, lower it. The gain is one batch old (Shone's variant) and a single surprise counts
+  as three times at most, so that one hiccup moves little.
+- Tail: the 95th percentile of actual / predicted, by stochastic gradient descent on the pinball loss in
+  log space.
 
-Not here: what to do with the numbers (`scheduler.py`).
+The scheduler refuses requests by these numbers, and what is refused teaches nothing. So where the data
+leave room for doubt, the doubt counts in favour of admitting and of larger batches: `drain` and
+`budget` use the smallest slope that the data allow (two standard errors below `b`, zero while only one
+size has been seen). A budget that rests on hope alone is at most twice the largest batch seen lately:
+with costs a + b * x >= 0 the next batch then takes at most twice as long as that one. As batches of
+other sizes are forgotten the doubt grows again, so that no budget is final.
+
+Not here: what to do with the numbers (`scheduler.py`), when to stop trusting them (`watchdog.py`).
 """
 
 from __future__ import annotations
 
+import math
+
 _FORGET = 0.995  # per batch: half of the memory is 138 batches old
-_DRIFT_RATE = 0.2
-_DRIFT_RANGE = (0.25, 4.0)
-_HICCUP = 3.0
+_SIGNAL_RATE = 0.1
+_FIRST_SPREAD = 0.5  # mean |log(actual / predicted)| before anything is known about it
+_LEAST_SPREAD = 0.05
+_GAIN_RANGE = (0.1, 0.9)
+_GAIN_DOWNWARDS = 0.5  # for a surprise of being faster: refusing by an outdated cost is the worse mistake
+_SURPRISE = math.log(2)  # plus two mean errors
+_HICCUP = math.log(3)
 _QUANTILE = 0.95
-_QUANTILE_RATE = 0.01
-_DRAIN_RATE = 0.1
+_QUANTILE_RATE = 0.02
+_TAIL_RANGE = (0.0, math.log(100))
+_OVERHEAD_FORGET = 0.9  # per batch
+_LARGEST_FORGET = 0.99  # per batch
+_GROWTH = 2.0
 _KNOWN_AFTER = 3  # batches; the first ones carry lazy initialisation
+_TRUSTED_AFTER = 8
 _MOST_TOKENS = 100_000_000
 
 
@@ -32,54 +54,149 @@ class CostModel:
     """Learns the cost of a batch. Not thread-safe: the scheduler owns it."""
 
     def __init__(self) -> None:
-        self.a = 0.0  # seconds per call
-        self.b = 0.0  # seconds per padded token
-        self.drift = 1.0
-        self.tail = 1.05  # p95 of actual / predicted
+        self.level = 1.0
         self.observations = 0
-        self.seconds_per_token: float | None = None  # per useful token: absorbs padding and `a`
+        self.overhead = 1.0  # actual / `drain`'s seconds, of batches that left items waiting
+        self.largest = 0.0  # padded tokens of the largest batch seen lately
+        self._a = self._b = 0.0  # at level 1
+        self._tail = math.log(1.05)
+        self._signal = 0.0  # smoothed log(actual / predicted)
+        self._spread = _FIRST_SPREAD  # smoothed |log(actual / predicted)|
         # Normal equations of the weighted fit: sums of w, w*x, w*x*x, w*t, w*x*t.
         self._w = self._wx = self._wxx = self._wt = self._wxt = 0.0
+        self._actual = self._ideal = 0.0  # what `overhead` is the ratio of
 
     def __repr__(self) -> str:
         return f"CostModel({self.a * 1e3:.3g} ms + {self.b * 1e6:.3g} µs/token, n={self.observations})"
 
     @property
+    def a(self) -> float:
+        """Seconds per call, now."""
+        return self._a * self.level
+
+    @property
+    def b(self) -> float:
+        """Seconds per padded token, now."""
+        return self._b * self.level
+
+    @property
+    def tail(self) -> float:
+        """95th percentile of actual / predicted."""
+        return math.exp(self._tail)
+
+    @property
     def known(self) -> bool:
-        """Whether enough batches were seen to act on the numbers."""
+        """Whether enough batches were seen to plan by the numbers."""
         return self.observations >= _KNOWN_AFTER
+
+    @property
+    def trusted(self) -> bool:
+        """Whether enough batches were seen to refuse requests by the numbers."""
+        return self.observations >= _TRUSTED_AFTER
 
     def seconds(self, padded_tokens: float) -> float:
         """Expected duration of a batch."""
-        return (self.a + self.b * padded_tokens) * self.drift
+        return self.a + self.b * padded_tokens
 
     def high(self, padded_tokens: float) -> float:
         """Duration that 95 of 100 such batches stay below; 0 while nothing is known."""
         return self.seconds(padded_tokens) * self.tail if self.known else 0.0
 
     def budget(self, limit_s: float) -> int:
-        """Most padded tokens whose `high` duration stays within `limit_s`; at least 1."""
-        if not self.known or self.b <= 0:
+        """Most padded tokens for a batch that is to stay within about `limit_s` seconds; at least 1."""
+        if not self.largest:
             return _MOST_TOKENS
-        tokens = (limit_s / (self.tail * self.drift) - self.a) / self.b
-        return int(min(max(tokens, 1), _MOST_TOKENS))
+        low, high = self._slopes()
+        hopeful = min(_room(limit_s, *self._line(low)), _GROWTH * self.largest)
+        safe = _room(limit_s / self.tail, *self._line(high)) if self.observations else 1.0
+        return int(min(max(safe, hopeful, 1.0), _MOST_TOKENS))
 
-    def observe(self, padded_tokens: int, tokens: int, seconds: float) -> None:
+    def grows(self, limit_s: float) -> bool:
+        """Whether `budget` is held back because no larger batch has been seen."""
+        return self.budget(limit_s) < min(_room(limit_s, *self._line(self._slopes()[0])), _MOST_TOKENS)
+
+    def drain(
+        self, items: float, tokens: float, most: int, limit_s: float, *, at_least: bool = False
+    ) -> float:
+        """Seconds to finish `items` waiting items of `tokens` tokens in all; 0 while unknown.
+
+        In the largest batches that `most` items and `limit_s` seconds allow, times `overhead`.
+        `at_least`: with the smallest slope that the data allow, not the likeliest.
+        """
+        a, b = self._line(self._slopes()[0]) if at_least else (self.a, self.b)
+        shared = _shared(items, tokens, most, limit_s, a, b) * self.overhead
+        return max(shared, a + b * tokens / items) if items else 0.0  # one call at least
+
+    def observe(self, padded_tokens: float, seconds: float) -> None:
         """Learn from one finished batch that did not raise."""
         if seconds <= 0 or padded_tokens <= 0:
             return
+        x, seconds = float(padded_tokens), float(seconds)
         if self.known:
-            ratio = min(seconds / self.seconds(padded_tokens), _HICCUP)
-            seconds = ratio * self.seconds(padded_tokens)
-            low, high = _DRIFT_RANGE
-            self.drift = min(max(self.drift * (1 + _DRIFT_RATE * (ratio - 1)), low), high)
-            self.tail += _QUANTILE_RATE * (_QUANTILE if ratio > self.tail else _QUANTILE - 1)
-            self.tail = min(max(self.tail, 1.0), 2.0)
-        self._fit(float(padded_tokens), seconds)
-        rate = seconds / max(tokens, 1)
-        known = self.seconds_per_token
-        self.seconds_per_token = rate if known is None else known + _DRAIN_RATE * (rate - known)
+            self._follow(self._error(x, seconds))
+            error = self._error(x, seconds)  # what the level does not explain
+            seconds *= math.exp(_clipped(error) - error)
+        self._fit(x, seconds / self.level)
+        self.largest = max(x, self.largest * _LARGEST_FORGET)
         self.observations += 1
+
+    def observe_drain(
+        self, items: int, tokens: int, padded_tokens: int, seconds: float, most: int, limit_s: float
+    ) -> None:
+        """Learn how much longer a batch took than `drain` says; for batches that left items waiting."""
+        ideal = _shared(items, tokens, most, limit_s, self.a, self.b)
+        if not self.known or ideal <= 0:
+            return
+        # Not simply seconds / ideal: what is new about the model's speed is for the level to learn.
+        actual = self.seconds(padded_tokens) * math.exp(_clipped(self._error(padded_tokens, seconds)))
+        # A ratio of sums, because the mean of ratios would count small batches as much as large ones.
+        self._actual = self._actual * _OVERHEAD_FORGET + actual / self.level
+        self._ideal = self._ideal * _OVERHEAD_FORGET + ideal / self.level
+        self.overhead = self._actual / self._ideal
+
+    def relearn(self) -> None:
+        """Forget everything but that larger batches than a half of the largest were not proved good."""
+        largest = max(1.0, self.largest / 2)
+        self.__init__()  # type: ignore[misc]
+        self.largest = largest
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _error(self, padded_tokens: float, seconds: float) -> float:
+        """log(actual / predicted) of a batch."""
+        return math.log(seconds / self.seconds(padded_tokens))
+
+    def _follow(self, error: float) -> None:
+        """Move level and tail by one log(actual / predicted)."""
+        low, high = _GAIN_RANGE
+        gain = min(max(abs(self._signal) / self._spread, low), high)
+        surprise = _SURPRISE + 2 * self._spread
+        # A single surprise is cut to a hiccup; where the ones before point the same way it counts whole.
+        step = error if gain > 0.5 and self._signal * error > 0 else min(error, _HICCUP + 2 * self._spread)
+        if error < -surprise:
+            gain = max(gain, _GAIN_DOWNWARDS)
+        self.level *= math.exp(gain * step)
+        self._signal += _SIGNAL_RATE * (error - self._signal)
+        self._spread = max(_LEAST_SPREAD, self._spread + _SIGNAL_RATE * (abs(error) - self._spread))
+        self._tail += _QUANTILE_RATE * (_QUANTILE if error > self._tail else _QUANTILE - 1)
+        self._tail = min(max(self._tail, _TAIL_RANGE[0]), _TAIL_RANGE[1])
+
+    def _slopes(self) -> tuple[float, float]:
+        """The least and the greatest seconds per token that the data allow, at level 1."""
+        if not self._w:
+            return 0.0, 0.0
+        most = self._wt / self._wx  # all of the time is the tokens'
+        scatter = self._wxx - self._wx * self._wx / self._w
+        if scatter <= 1e-9 * self._wxx:
+            return 0.0, most
+        error = 2 * 1.25 * self._spread / math.sqrt(scatter)  # 1.25: mean |error| to standard deviation
+        return max(0.0, self._b - error), min(max(self._b, most), self._b + error)
+
+    def _line(self, slope: float) -> tuple[float, float]:
+        """Seconds per call and per token, now, if a token costs `slope`: through the mean of the data."""
+        if not self._w:
+            return 0.0, 0.0
+        return max(0.0, (self._wt - slope * self._wx) / self._w) * self.level, slope * self.level
 
     def _fit(self, x: float, t: float) -> None:
         weight = 1 / (t * t)
@@ -98,4 +215,23 @@ class CostModel:
             a, b = self._wt / self._w, 0.0
         elif a < 0:
             a, b = 0.0, self._wxt / self._wxx
-        self.a, self.b = a, b
+        self._a, self._b = a, b
+
+
+def _room(limit_s: float, a: float, b: float) -> float:
+    """Padded tokens of a batch that takes `limit_s` seconds; at least 1.
+
+    Where the call itself takes most of that, smaller batches would lose throughput and save no time. So
+    the limit is raised to 2 a, by half at most, and is never below 1.25 a.
+    """
+    limit_s = max(limit_s, min(2 * a, 1.5 * limit_s), 1.25 * a)
+    return max(1.0, (limit_s - a) / b) if b > 0 else math.inf
+
+
+def _clipped(error: float) -> float:
+    return min(max(error, -_HICCUP), _HICCUP)
+
+
+def _shared(items: float, tokens: float, most: int, limit_s: float, a: float, b: float) -> float:
+    """Seconds for so many items in the largest batches that are allowed, in parts of a batch if need be."""
+    return a * max(items / most, tokens / _room(limit_s, a, b)) + b * tokens

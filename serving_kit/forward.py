@@ -153,11 +153,12 @@ def probe(model: Model, value: Any, parameters: Mapping[str, Any]) -> bool:
     return True
 
 
-def dropped(drop: Drop) -> Result:
-    """How an item ended that never ran."""
+def dropped(drop: Drop, retry_after: float | None = None) -> Result:
+    """How an item ended that never ran; `retry_after` in seconds, if that is known."""
     if drop is Drop.EXPIRED:
         return Result(error=DeadlineExceeded("the request's time was up before the model was free"))
-    return Result(error=Overloaded("the server is overloaded: it could not be answered in time"))
+    text = "the server is overloaded: it could not be answered in time"
+    return Result(error=Overloaded(text, retry_after=retry_after))
 
 
 def _finish(

@@ -43,7 +43,6 @@ class Timing(NamedTuple):
     """What a batch took when the model was loaded."""
 
     padded_tokens: int
-    tokens: int
     seconds: float
 
 
@@ -226,9 +225,8 @@ class PipelineModel:
         start = time.perf_counter()
         for output, prepared in zip(self.forward(batch), batch, strict=True):
             self.finish(output, prepared)
-        tokens = sum(each.tokens for each in batch)
         padded = len(batch) * max(each.tokens for each in batch)
-        return Timing(padded, tokens, time.perf_counter() - start)
+        return Timing(padded, time.perf_counter() - start)
 
     def estimate(self, value: Any) -> int:
         """About four characters make a token."""

@@ -28,7 +28,8 @@ Not here: sleeping and threads (`batching.py`), the cost (`cost.py`).
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -39,17 +40,22 @@ from serving_kit.memory import Ceiling
 from serving_kit.records import BatchReason
 from serving_kit.returning import Returning
 from serving_kit.settings import Settings
+from serving_kit.watchdog import Watchdog
 
 # The DP looks at the oldest items only: 0.4 ms for 96, and the gain beyond is small (a window of two
 # full batches on a GPU, where batches are large).
 _WINDOW = 96
+_LONGEST_LOOK_AHEAD = 256  # items beyond `max_batch_size`, however large that is
 # `max_batch_tokens="auto"`: one forward may take a third of the deadline, so that an item that just
 # missed a batch still makes the next one.
 _AUTO_SHARE = 1 / 3
-# The door keeps one and a half of the largest forward in reserve: the item's own, and half for those
-# whom grouping lets pass. With less, one in twenty waits for nothing under overload, most of them long
-# texts; this much costs 7 % of the goodput (simulated: log-normal lengths, 2 to 10 times the capacity).
-_DOOR_RESERVE = 1.5
+# Admission keeps a share of an item's time in reserve, for others that grouping lets pass and for noise.
+# It follows what comes of it, so that about so many of the admitted are dropped later all the same. With
+# too little reserve one in ten waits in vain under overload, most of them long texts.
+_FIRST_RESERVE, _RESERVE_RANGE = 0.25, (0.05, 0.65)
+_DROPPED_LATER = 0.0007
+_RESERVE_RATE = 0.07  # per decision that dropped some
+_RESERVE_MEMORY = 30  # timeouts: then most of what was learned is forgotten
 _ESTIMATE_FORGET = 0.98  # per item
 
 
@@ -74,6 +80,7 @@ class Item:
     started: float | None = None
     abandoned: bool = False  # running, but nobody waits for it any more
     estimate: int = 0  # what `tokens` was when it was offered
+    priced: bool = False  # admitted because the cost said that there is time for it
 
 
 class Drop(Enum):
@@ -85,10 +92,11 @@ class Drop(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The door's no."""
+    """Why a request was not admitted."""
 
     reason: str  # for people
     retry_after: float | None  # seconds; None: unknown
+    expired: bool = False  # its own time is too short, whatever the load
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,7 @@ class Decision:
     batch: Batch | None = None
     wake_at: float | None = None
     dropped: tuple[tuple[Item, Drop], ...] = ()
+    retry_after: float | None = None  # seconds, for the hopeless among the dropped; None: unknown
 
 
 @dataclass(slots=True)
@@ -132,7 +141,11 @@ class Scheduler:
     draining: bool = False
     _queue: list[Item] = field(default_factory=list)  # waiting, in order of arrival
     _queued_tokens: int = 0
+    watchdog: Watchdog = field(default_factory=Watchdog)  # says when the cost is not to be trusted
     _running: Batch | None = None
+    _reserve: float = _FIRST_RESERVE  # share of its time that an item must have to spare on admission
+    _reserve_at: float = 0.0  # when it last changed
+    _in_time: bool = False  # whether the running batch was expected to end in time
     _busy_until: float = 0.0  # predicted end of the running batch
     _last_finished: float | None = None
     _returning: Returning = field(default_factory=Returning)
@@ -160,33 +173,40 @@ class Scheduler:
         """
         if self.draining:
             return Refusal("the server is stopping", None)
+        if any(self._is_too_short(item, now) for item in items):
+            return Refusal("its time is shorter than the model needs", None, expired=True)
         if len(self._queue) + len(items) > self.settings.max_queue_size:
             return Refusal("the queue is full", self.drain_time(now))
         # A language may have two characters to a token, and a text of long words seven.
         correction = self._true_tokens / self._estimated_tokens if self._estimated_tokens else 1.0
-        if self.settings.drop_hopeless and self.cost.known and not self._may_probe(now):
-            wait = self.drain_time(now) or 0.0
-            for item in items:
-                left = item.deadline - now
-                reserve = _DOOR_RESERVE * left * _AUTO_SHARE
-                if wait > left - reserve:  # only then it is worth finding out that the reserve is smaller
-                    reserve = min(_DOOR_RESERVE * self.cost.high(self.token_budget()), reserve)
-                    if wait > left - reserve:
-                        return Refusal("it could not be answered in time", self.drain_time(now))
-                wait += item.tokens * correction * (self.cost.seconds_per_token or 0.0)
+        priced = self.settings.drop_hopeless and self.cost.trusted and not self._may_probe(now)
+        if priced:
+            tokens = 0.0
+            for ahead, item in enumerate(items):
+                wait, left = self._shortest_wait(now, ahead + 1, tokens), item.deadline - now
+                if wait > left * (1 - self._reserve):
+                    self._follow_refusal(wait, now)
+                    return Refusal("it could not be answered in time", self.drain_time(now))
+                tokens += item.tokens * correction
         self._returning.arrived(now, len(items))
         for item in items:
             bisect.insort(self._queue, item, key=_arrival)
-            item.estimate, item.tokens = item.tokens, max(1, round(item.tokens * correction))
+            item.priced, item.estimate, item.tokens = (
+                priced,
+                item.tokens,
+                max(1, round(item.tokens * correction)),
+            )
             self._queued_tokens += item.tokens
         return None
 
     def drain_time(self, now: float) -> float | None:
-        """Seconds until everything admitted so far is done, from the measured rate; None: unknown."""
-        if self.cost.seconds_per_token is None:
+        """Seconds that everything admitted so far is expected to take; None: unknown."""
+        if not self.cost.observations:
             return None
-        rest = max(0.0, self._busy_until - now) if self._running else 0.0
-        return rest + self._queued_tokens * self.cost.seconds_per_token
+        queued = self.cost.drain(
+            len(self._queue), self._queued_tokens, self.settings.max_batch_size, self._limit_s
+        )
+        return self._rest(now) + queued
 
     def ready(self, item: Item, tokens: int, group: Hashable) -> None:
         """Tell the true length of a waiting item, and which items it may run with."""
@@ -201,6 +221,7 @@ class Scheduler:
         if item.state is State.WAITING:
             self._remove([item])
             item.state = State.DONE
+            self.watchdog.item_gone(item)
             return True
         item.abandoned = item.abandoned or item.state is State.RUNNING
         return item.state is State.RUNNING
@@ -211,15 +232,17 @@ class Scheduler:
         """Decide what to do at `now`. Items that it drops are done when it returns."""
         if self._running:
             return Decision()
+        in_vain = False
         dropped = [(item, Drop.EXPIRED) for item in self._queue if item.deadline <= now]
         self._remove([item for item, _ in dropped])
         decision = Decision()
         while anchor := next((item for item in self._queue if item.group is not None), None):
             items, reason = self._choose(anchor, now)
-            cost = self.cost.high(_padded(items))
+            cost = self._reserve_s(_padded(items))
             if self._cannot_make_it(anchor, now + cost, now):
                 self._remove([anchor])
-                dropped.append((anchor, Drop.HOPELESS))
+                why = Drop.EXPIRED if self._is_too_short(anchor, anchor.arrived) else Drop.HOPELESS
+                dropped.append((anchor, why))
                 continue
             # A companion in a greater hurry than the anchor stays behind rather than start in vain.
             items = [i for i in items if i is anchor or not self._cannot_make_it(i, now + cost, now)]
@@ -235,9 +258,14 @@ class Scheduler:
                     reason = BatchReason.DEADLINE
                 decision = Decision(batch=self._start(items, reason, now))
             break
-        for item, _ in dropped:
+        for item, why in dropped:
             item.state = State.DONE
-        return Decision(decision.batch, decision.wake_at, tuple(dropped))
+            self.watchdog.item_gone(item)
+            in_vain = in_vain or (why is Drop.HOPELESS and item.priced)
+        if in_vain:
+            self._adapt_reserve(1, 1, now)
+        retry_after = self.drain_time(now) if dropped else None
+        return Decision(decision.batch, decision.wake_at, tuple(dropped), retry_after)
 
     def finished(self, now: float, *, ok: bool, started: float | None = None) -> None:
         """The running batch has ended. No effect if `evict` took it out meanwhile.
@@ -252,12 +280,30 @@ class Scheduler:
             return
         for item in batch.items:
             item.state = State.DONE
+            if not ok:
+                self.watchdog.item_gone(item)
         self._last_finished = now
         self._expected = len(self._queue) + len(batch.items)
         self._returning.batch_ended(now, len(batch.items))
         begun = batch.items[0].started if started is None else started
         if ok and begun is not None:
-            self.cost.observe(batch.padded_tokens, batch.tokens, now - begun)
+            self._learn(batch, now - begun, now)
+
+    def _learn(self, batch: Batch, seconds: float, now: float) -> None:
+        """Let a batch that was answered correct the cost, or end the trust in it."""
+        self.cost.observe(batch.padded_tokens, seconds)
+        # A batch that was kept small to try out its size says nothing about how fast the queue drains.
+        tried = batch.reason is BatchReason.BUDGET and self.cost.grows(self._limit_s)
+        if batch.left_waiting and not tried:
+            sizes = len(batch.items), batch.tokens, batch.padded_tokens
+            self.cost.observe_drain(*sizes, seconds, self.settings.max_batch_size, self._limit_s)
+        for item in batch.items:
+            self.watchdog.item_done(item, now)
+        self._adapt_reserve(len(batch.items), 0, now)
+        if self._in_time:
+            self.watchdog.batch_done(late=2 * sum(i.deadline < now for i in batch.items) > len(batch.items))
+        if self.watchdog.verdict(now):
+            self.cost.relearn()
 
     def evict(self) -> list[Item]:
         """Take out everything that is waiting or running, oldest first. For crashes and for stop."""
@@ -266,6 +312,7 @@ class Scheduler:
         self._queue, self._queued_tokens, self._running = [], 0, None
         for item in items:
             item.state = State.DONE
+            self.watchdog.item_gone(item)
         return items
 
     def unprepared(self) -> list[Item]:
@@ -279,7 +326,11 @@ class Scheduler:
     def token_budget(self) -> int:
         """Most padded tokens in one forward (`max_batch_tokens`, or what "auto" means now)."""
         limit = self.settings.max_batch_tokens
-        return self.cost.budget(self.settings.timeout_s * _AUTO_SHARE) if limit == "auto" else limit
+        return self.cost.budget(self._limit_s) if limit == "auto" else limit
+
+    def doubt(self, now: float) -> str:
+        """Why the learned cost is not used at present, in words for people; empty if it is."""
+        return self.watchdog.reason(now)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -303,7 +354,59 @@ class Scheduler:
         return items, BatchReason.IDLE
 
     def _window(self) -> int:
-        return max(_WINDOW, 2 * self.settings.max_batch_size)
+        most = self.settings.max_batch_size
+        return max(_WINDOW, most + min(most, _LONGEST_LOOK_AHEAD))
+
+    @property
+    def _limit_s(self) -> float:
+        """Seconds that one forward may take."""
+        return self.settings.timeout_s * _AUTO_SHARE
+
+    def _rest(self, now: float) -> float:
+        """Seconds until the running batch is expected to end."""
+        return max(0.0, self._busy_until - now) if self._running else 0.0
+
+    def _shortest_wait(self, now: float, items: int, tokens: float) -> float:
+        """Seconds until the queue and so many more items could be done, at least."""
+        most = self.settings.max_batch_size
+        queued = self.cost.drain(
+            len(self._queue) + items, self._queued_tokens + tokens, most, self._limit_s, at_least=True
+        )
+        return self._rest(now) + queued
+
+    def _reserve_s(self, padded_tokens: float) -> float:
+        """Seconds to keep for a forward: its 95th percentile.
+
+        What that adds to the expected duration is bounded by the limit of a forward. A model that takes
+        long now and then must not have everything refused because of it.
+        """
+        high = self.cost.high(padded_tokens)
+        return min(high, max(self.cost.seconds(padded_tokens), self._limit_s)) if high else 0.0
+
+    def _adapt_reserve(self, items: int, dropped: int, now: float) -> None:
+        """Let some admitted items teach how much time to keep in reserve; `dropped` of them were hopeless.
+
+        Stochastic gradient descent on the pinball loss. Without drops it also goes back to where it began.
+        """
+        past = (now - self._reserve_at) / (_RESERVE_MEMORY * self.settings.timeout_s)
+        self._reserve += (_FIRST_RESERVE - self._reserve) * -math.expm1(-past)
+        self._reserve_at = now
+        self._reserve += _RESERVE_RATE * (dropped - _DROPPED_LATER * items)
+        self._reserve = min(max(self._reserve, _RESERVE_RANGE[0]), _RESERVE_RANGE[1])
+
+    def _is_too_short(self, item: Item, now: float) -> bool:
+        """Whether its client gives an item less time, from `now`, than any model call takes."""
+        left = item.deadline - now
+        if left <= 0:
+            return True
+        asked = item.deadline - item.arrived < self.settings.timeout_s
+        return asked and self.settings.drop_hopeless and self.cost.trusted and left < self.cost.seconds(1)
+
+    def _follow_refusal(self, wait: float, now: float) -> None:
+        """Let the watchdog find out whether the wait would have been so long."""
+        if self._queue:
+            queued = self._shortest_wait(now, 0, 0)
+            self.watchdog.refused(self._queue, queued, wait - queued, now)
 
     def _cannot_make_it(self, item: Item, end: float, now: float) -> bool:
         return self.settings.drop_hopeless and item.deadline < end and not self._may_probe(now)
@@ -333,7 +436,7 @@ class Scheduler:
 
     def _lingers(self) -> bool:
         """Whether clients come back so soon after a batch that it pays to wait for them."""
-        return self.cost.known and self._returning.worth_waiting(self.cost.a * self.cost.drift)
+        return self.cost.known and self._returning.worth_waiting(self.cost.a)
 
     def _everybody_is_back(self) -> bool:
         return self._lingers() and 0 < self._expected <= len(self._queue)
@@ -343,7 +446,9 @@ class Scheduler:
         for item in items:
             item.state, item.started = State.RUNNING, now
         self._running = Batch(tuple(items), reason, len(self._queue))
-        self._busy_until = now + self.cost.seconds(self._running.padded_tokens)
+        end = now + self.cost.seconds(self._running.padded_tokens)
+        self._in_time = self.cost.known and all(item.deadline >= end for item in items)
+        self._busy_until = end
         return self._running
 
     def _remove(self, items: Sequence[Item]) -> None:
@@ -372,7 +477,7 @@ def group_by_length(items: Sequence[Item], most: int, budget: int, a: float, b: 
     """The company of `items[0]` in the cheapest cut of `items` into batches.
 
     With a cost a + b * n * longest that grows with both, some cheapest cut is contiguous in the
-    items sorted by length, so O(items x most) steps find it. While nothing is known about the cost
+    items sorted by length. While nothing is known about the cost
     (a = b = 0), or a token costs nothing, this is plain FIFO.
 
     Args:
@@ -404,17 +509,41 @@ def group_by_length(items: Sequence[Item], most: int, budget: int, a: float, b: 
 
 
 def cheapest_cuts(lengths: Sequence[int], most: int, budget: int, a: float, b: float) -> list[int]:
-    """For every prefix of ascending `lengths`, the size of the last batch in its cheapest cut."""
+    """For every prefix of ascending `lengths`, the size of the last batch in its cheapest cut.
+
+    The cost of a batch from `start` to `end` satisfies the quadrangle inequality, because lengths
+    ascend: the best start never moves back as the end moves on. So each start is the best one for a
+    range of ends, and O(n log n) steps find the ranges (Hirschberg and Larmore 1987, the least weight
+    subsequence). A start that is too far back for `most` or `budget` stays so for all later ends.
+    """
     totals, cuts = [0.0], [0]
-    for end, longest in enumerate(lengths, start=1):
-        item_cost = b * longest
-        best, size = totals[end - 1] + a + item_cost, 1
-        for n in range(2, min(most, end, budget // longest) + 1):
-            total = totals[end - n] + a + n * item_cost
-            if total < best:
-                best, size = total, n
-        totals.append(best)
-        cuts.append(size)
+
+    def total(start: int, end: int) -> float:
+        size = end - start
+        if size > most or (size > 1 and size * lengths[end - 1] > budget):
+            return math.inf
+        return totals[start] + a + b * size * lengths[end - 1]
+
+    best: deque[tuple[int, int]] = deque([(0, 1)])  # starts, and the first end for which each is the best
+    for end in range(1, len(lengths) + 1):
+        while len(best) > 1 and best[1][1] <= end:
+            best.popleft()
+        start = best[0][0]
+        totals.append(total(start, end))
+        cuts.append(end - start)
+        # A batch that starts here is the best from some end on: ranges are taken over from the back.
+        high = len(lengths) + 1
+        while best[-1][1] > end and total(end, best[-1][1]) <= total(best[-1][0], best[-1][1]):
+            high = best.pop()[1]
+        low = max(best[-1][1], end + 1)
+        while low < high:
+            middle = (low + high) // 2
+            if total(end, middle) <= total(best[-1][0], middle):
+                high = middle
+            else:
+                low = middle + 1
+        if low <= len(lengths):
+            best.append((end, low))
     return cuts
 
 

@@ -76,8 +76,8 @@ class ServedModel(Model, Protocol):
         """Whether its inputs are images or sound."""
 
     @property
-    def timings(self) -> Sequence[tuple[int, int, float]]:
-        """Batches that it has run already: padded tokens, tokens, seconds."""
+    def timings(self) -> Sequence[tuple[int, float]]:
+        """Batches that it has run already: padded tokens, seconds."""
 
     def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
@@ -282,7 +282,11 @@ class Service:
         """
         if self.model is not None:
             self.model.check(values, parameters)
-        items = self.batcher.submit(values, parameters, arrived=ticket.arrived, deadline=ticket.deadline)
+        limits = {"arrived": ticket.arrived, "deadline": ticket.deadline}
+        try:
+            items = self.batcher.submit(values, parameters, **limits)
+        except DeadlineExceeded:  # less time than any call of the model takes
+            raise ticket.expired() from None
         ticket.items = len(items)
         loop = asyncio.get_running_loop()
         alarm = loop.call_later(ticket.deadline - self.clock(), _time_is_up, items)  # half of a timeout()
@@ -417,6 +421,7 @@ class Service:
             "settings": self.settings.to_dict(),
             "cost": {
                 "known": core.cost_known,
+                "doubt": core.cost_doubt,
                 "call_ms": core.call_s * 1e3,
                 "token_us": core.token_s * 1e6,
                 "max_batch_tokens": core.max_batch_tokens,

@@ -4,11 +4,11 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from serving_kit.cost import CostModel
-from serving_kit.scheduler import Item, Scheduler
+from serving_kit.scheduler import Batch, Item, Scheduler
 from serving_kit.settings import Settings
 
 
@@ -19,6 +19,7 @@ class End:
     tokens: int
     how: str
     after: float  # seconds from its arrival
+    arrived: float = 0.0
 
 
 @dataclass
@@ -29,6 +30,11 @@ class Outcome:
     ends: list[End] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    doubts: set[str] = field(default_factory=set)  # why the learned cost was given up
+
+    def count(self, how: str, since: float = 0.0) -> int:
+        """Items that arrived at or after `since` and ended so."""
+        return sum(end.how == how and end.arrived >= since for end in self.ends)
 
     @property
     def latencies(self) -> list[float]:
@@ -57,11 +63,27 @@ def lognormal(dice: random.Random) -> Callable[[], int]:
     return lambda: int(min(max(dice.lognormvariate(math.log(40), 0.8), 4), 256))
 
 
+class TrueCost(CostModel):
+    """A cost model that knows the truth at every moment and learns nothing: the oracle."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        for tokens in (1, 1024) * 500:
+            super().observe(tokens, a + b * tokens)
+        self.largest = math.inf
+
+    def observe(self, padded_tokens: float, seconds: float) -> None:
+        """Nothing new."""
+
+    def relearn(self) -> None:
+        """Nothing to forget."""
+
+
 def known_cost(a: float, b: float) -> CostModel:
     """What warming up teaches."""
     cost = CostModel()
-    for tokens in (8, 64, 256, 1024):
-        cost.observe(tokens, tokens, a + b * tokens)
+    for tokens in (8, 64, 256, 1024) * 20:
+        cost.observe(tokens, a + b * tokens)
     return cost
 
 
@@ -73,23 +95,35 @@ def simulate(
     clients: int = 0,
     turnaround: Callable[[], float] = lambda: 0.001,
     rate: float = 0.0,
+    bursts: Sequence[tuple[float, int]] = (),
     length: Callable[[], int] = lambda: 20,
     timeout: float = 60.0,
     estimate: Callable[[int], int] = lambda tokens: tokens,
     noise: float = 0.0,
+    slowness: Callable[[float], float] = lambda now: 1.0,
+    seldom: tuple[float, float] = (0.0, 1.0),
+    cost: CostModel | None = None,
     seed: int = 1,
     **knobs: object,
 ) -> Outcome:
     """Run `clients` in a closed loop, or Poisson arrivals at `rate` a second.
 
-    The model takes (a + b * padded tokens) * exp(normal(0, noise)) seconds. The door is told
-    `estimate(tokens)`; the truth comes out when the item is prepared.
+    The model takes (a + b * padded tokens) * slowness(now) * exp(normal(0, noise)) seconds, and a share
+    `seldom[0]` of its calls takes `seldom[1]` times as long. Admission is told `estimate(tokens)`; the
+    truth comes out when the item is prepared.
+
+    Args:
+        bursts: Times, and how many items arrive at once then.
+        cost: What the scheduler believes at first; None: with a timeout below 60 s the truth, else nothing.
     """
     dice, order = random.Random(seed), itertools.count()
     knobs = {"max_queue_size": 100_000, "timeout_ms": timeout * 1000, **knobs}
     scheduler = Scheduler(Settings(**knobs))  # type: ignore[arg-type]
-    if timeout < 60:
+    if cost is not None:
+        scheduler.cost = cost
+    elif timeout < 60:
         scheduler.cost, scheduler._last_finished = known_cost(a, b), 0.0
+    running: Batch | None = None
     outcome = Outcome(seconds)
     events: list[tuple[float, int, str]] = []
 
@@ -100,35 +134,47 @@ def simulate(
         later(dice.random() * 0.01, "arrival")
     if rate:
         later(dice.expovariate(rate), "arrival")
+    for when, items in bursts:
+        for _ in range(items):
+            later(when, "one of a burst")
     while events:
         now, _, what = heapq.heappop(events)
         if now > seconds:
             break
-        if what == "arrival":
+        if isinstance(scheduler.cost, TrueCost):
+            scheduler.cost.level = slowness(now)
+        if what in ("arrival", "one of a burst"):
             tokens = length()
             item = Item(now, now + timeout, estimate(tokens), payload=tokens)
             if scheduler.offer([item], now) is not None:
-                outcome.ends.append(End(tokens, "refused", 0.0))
-            if rate:
+                outcome.ends.append(End(tokens, "refused", 0.0, now))
+            if rate and what == "arrival":
                 later(now + dice.expovariate(rate), "arrival")
         elif what == "end":
-            assert scheduler._running is not None
-            for item in scheduler._running.items:
+            assert running is not None
+            for item in running.items:
                 how = "ok" if now <= item.deadline else "late"
-                outcome.ends.append(End(item.tokens, how, now - item.arrived))
+                outcome.ends.append(End(item.tokens, how, now - item.arrived, item.arrived))
                 if clients:
                     later(now + turnaround(), "arrival")
             scheduler.finished(now, ok=True)
-        if scheduler._running is None:  # the model thread prepares between two forwards
+            running = None
+            if doubt := scheduler.doubt(now):
+                outcome.doubts.add(doubt)
+        if running is None:  # the model thread prepares between two forwards
             for item in scheduler.unprepared():
                 scheduler.ready(item, item.payload, "g")
         decision = scheduler.poll(now)
         for item, _ in decision.dropped:
-            outcome.ends.append(End(item.tokens, "shed", now - item.arrived))
+            outcome.ends.append(End(item.tokens, "shed", now - item.arrived, item.arrived))
         if decision.batch is not None:
             outcome.sizes.append(len(decision.batch.items))
             outcome.reasons.append(decision.batch.reason)
-            took = (a + b * decision.batch.padded_tokens) * math.exp(dice.gauss(0, noise) if noise else 0)
+            running = decision.batch
+            took = (a + b * running.padded_tokens) * slowness(now)
+            took *= math.exp(dice.gauss(0, noise) if noise else 0)
+            if seldom[0] and dice.random() < seldom[0]:
+                took *= seldom[1]
             later(now + took, "end")
         elif decision.wake_at is not None:
             later(decision.wake_at, "wake")

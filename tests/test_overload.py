@@ -83,27 +83,35 @@ def test_the_door_learns_how_long_texts_really_are() -> None:
     b=st.floats(1e-6, 3e-4),
     most=st.integers(4, 32),
 )
-@settings(deadline=None, max_examples=300)
-def test_who_is_admitted_is_answered_if_nobody_comes_after(
+@settings(deadline=None, max_examples=100)
+def test_admitted_items_are_answered_if_nothing_comes_after(
     lengths: list[int], forwards: float, a: float, b: float, most: int
 ) -> None:
-    """[11] With a cost that is known exactly, and texts of which none takes a third of the timeout."""
+    """[11] Bursts, a cost that is known exactly, texts of which none takes a third of the timeout.
+
+    The first ten bursts teach what such texts cost together, and how much time to keep in reserve.
+    """
     timeout = forwards * (a + b * 300)
     scheduler = Scheduler(Settings(max_batch_size=most, timeout_ms=timeout * 1000), known_cost(a, b))
-    # What such texts cost per token, as a running server has measured it.
-    scheduler.cost.seconds_per_token = b + a / (sum(lengths) / len(lengths))
-    scheduler._last_finished = now = 0.0
-    for tokens in lengths:
-        item = Item(now, now + timeout, tokens)
-        if scheduler.offer([item], now) is None:
-            scheduler.ready(item, tokens, "g")
-    while scheduler.queue_depth:
-        decision = scheduler.poll(now)
-        assert not decision.dropped
-        assert decision.batch is not None
-        now += a + b * decision.batch.padded_tokens
-        scheduler.finished(now, ok=True)
-        assert all(each.deadline >= now for each in decision.batch.items)
+    now, admitted, dropped = 0.0, 0, 0
+    for burst in range(30):
+        scheduler._last_finished = now
+        for tokens in lengths:
+            item = Item(now, now + timeout, tokens)
+            if scheduler.offer([item], now) is None:
+                scheduler.ready(item, tokens, "g")
+                admitted += burst >= 10
+        while scheduler.queue_depth:
+            decision = scheduler.poll(now)
+            dropped += len(decision.dropped) * (burst >= 10)
+            if decision.batch is not None:
+                now += a + b * decision.batch.padded_tokens
+                trusted = scheduler.cost.trusted  # else the watchdog has just given it up
+                scheduler.finished(now, ok=True)
+                assert not trusted or all(each.deadline >= now for each in decision.batch.items)
+            elif decision.wake_at is not None:
+                now = decision.wake_at
+    assert dropped <= 0.02 * admitted + 1
 
 
 @given(

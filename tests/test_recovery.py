@@ -474,7 +474,7 @@ def test_no_batch_exceeds_the_ceiling_and_the_oldest_is_in_it(
     lengths: list[int], broken: list[tuple[int, int]], by_length: bool
 ) -> None:
     scheduler = Scheduler(Settings(group_by_length=by_length))
-    for timing in [(100, 100, 0.01), (200, 200, 0.02), (400, 400, 0.04)]:
+    for timing in [(100, 0.01), (200, 0.02), (400, 0.04)]:
         scheduler.cost.observe(*timing)
     for longest, padded in broken:
         scheduler.ceiling.broke(longest, padded, 0.0)

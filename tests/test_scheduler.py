@@ -39,7 +39,7 @@ def true_cost(batch: Batch) -> float:
 def taught(a: float = A, b: float = B) -> CostModel:
     cost = CostModel()
     for x in (10, 200, 1000, 50, 600):
-        cost.observe(x, x, a + b * x)
+        cost.observe(x, a + b * x)
     return cost
 
 
@@ -413,7 +413,7 @@ def test_other_parameters_never_share_a_batch() -> None:
 
 def test_a_flood_of_unprepared_items_does_not_keep_the_model_from_running() -> None:
     scheduler = Scheduler(Settings(max_batch_size=4, max_queue_size=10_000))
-    scheduler.offer([item(t, group=None) for t in range(5000)], 5000.0)
+    scheduler.offer([item(t, group=None, timeout=1e4) for t in range(5000)], 5000.0)
     fresh = scheduler.unprepared()
     assert 4 <= len(fresh) <= 200
     for each in fresh:
@@ -522,12 +522,15 @@ def test_the_cost_is_learned_from_noisy_batches(a: float, b: float, seed: int) -
     for _ in range(200):
         x = dice.randint(4, 3000)
         hiccup = 2.0 if dice.random() < 0.005 else 1.0
-        cost.observe(x, x, (a + b * x) * dice.gauss(1, 0.05) * hiccup)
+        cost.observe(x, (a + b * x) * dice.gauss(1, 0.05) * hiccup)
     for x in (50, 500, 2500):
         assert cost.seconds(x) == pytest.approx(a + b * x, rel=0.25)
         assert cost.high(x) >= cost.seconds(x)
     if cost.b > 0:  # else a token costs less than the noise would show, and there is no bound
-        assert cost.budget(cost.high(1000)) == pytest.approx(1000, rel=0.01)
+        limit = cost.high(1000)
+        budget = cost.budget(limit)
+        assert budget >= 950, "a batch that is known to fit is allowed"
+        assert a + b * budget <= 2 * limit, "what is hoped for is at most twice as slow as asked"
 
 
 def test_nothing_is_refused_by_a_cost_that_nobody_knows() -> None:
@@ -538,7 +541,7 @@ def test_nothing_is_refused_by_a_cost_that_nobody_knows() -> None:
 def test_a_server_that_becomes_twice_as_slow_is_believed_within_a_few_batches() -> None:
     cost = taught()
     for _ in range(8):
-        cost.observe(500, 500, 2 * (A + B * 500))
+        cost.observe(500, 2 * (A + B * 500))
     assert cost.seconds(500) == pytest.approx(2 * (A + B * 500), rel=0.2)
 
 
@@ -546,7 +549,7 @@ def test_a_server_that_becomes_twice_as_slow_is_believed_within_a_few_batches() 
 def test_batches_of_one_size_give_a_usable_estimate(x: int) -> None:
     cost = CostModel()
     for _ in range(5):
-        cost.observe(x, x, 0.03)
+        cost.observe(x, 0.03)
     assert cost.seconds(x) == pytest.approx(0.03, rel=0.05)
     assert cost.a > 0
     assert cost.b > 0
@@ -554,7 +557,7 @@ def test_batches_of_one_size_give_a_usable_estimate(x: int) -> None:
 
 def test_impossible_observations_are_ignored() -> None:
     cost = CostModel()
-    cost.observe(10, 10, 0.0)
-    cost.observe(0, 0, 1.0)
+    cost.observe(10, 0.0)
+    cost.observe(0, 1.0)
     assert cost.observations == 0
     assert math.isfinite(cost.seconds(100))
