@@ -30,13 +30,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving_kit import forward
+from serving_kit import forward, thread_warnings
 from serving_kit.breaker import Breaker, Gate
 from serving_kit.errors import ModelFailed, Overloaded, RequestTooLarge, ServingError, Unavailable
 from serving_kit.faults import WorkerDied
 from serving_kit.forward import Call, Job, Model, Result, dropped
 from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.recovery import Recovery, Witness
+from serving_kit.recovery import Canary, Recovery
 from serving_kit.scheduler import Batch, Decision, Item, Scheduler, State
 from serving_kit.settings import Settings
 
@@ -60,6 +60,7 @@ class Batcher:
     on_error: Callable[[ServingError, BaseException], None]  # keeps the details, sets error.incident
     clock: Callable[[], float] = time.monotonic
     breaker: Breaker = field(default_factory=Breaker)
+    retry: bool = True  # whether a batch that raised may run again in parts
     busy_since: float | None = None  # start of the running forward
     wakeups: int = 0  # times that the worker looked for work; an idle server adds none
     _loop: asyncio.AbstractEventLoop | None = None
@@ -84,7 +85,8 @@ class Batcher:
             lock=self._wake,
             breaker=self.breaker,
             ceiling=self.scheduler.ceiling,
-            witness=None if example is None else Witness(0.0, *example),
+            canary=None if example is None else Canary(*example),
+            retry=self.retry,
         )
 
     # -- the loop thread's side ------------------------------------------------------------------
@@ -194,11 +196,15 @@ class Batcher:
         """
         self._stopping = True
         self.model = None
-        self._recovery.forget()
         with self._wake:
             self.scheduler.draining = True
             self.scheduler.evict()
             self._wake.notify()
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The model thread, once there is one. Any thread."""
+        return self._thread
 
     @property
     def alive(self) -> bool:
@@ -217,7 +223,8 @@ class Batcher:
 
     def doubt(self) -> str:
         """Why it is not certain that requests can be answered; empty if there is no reason for doubt."""
-        return self.breaker.reason and f"{self.breaker.reason}; one request at a time is let in to try again"
+        who = "requests are" if self.breaker.in_doubt else "one request at a time is"
+        return self.breaker.reason and f"{self.breaker.reason}; {who} let in to try again"
 
     def _out_of_order(self, now: float) -> Unavailable:
         pause = self.breaker.pause(now)
@@ -295,7 +302,7 @@ class Batcher:
             while True:
                 self.wakeups += 1
                 now = self.clock()
-                if self.breaker.gate(now) in (Gate.OPEN, Gate.LATCHED):
+                if self.breaker.refuses_admitted(now):
                     refused = self.scheduler.evict()
                 fresh = self.scheduler.unprepared()
                 if fresh:
@@ -331,7 +338,7 @@ class Batcher:
                 with self._wake:
                     self.scheduler.cancel(item)
                 self._deliver([(item, Result(error=failed))])
-                self._recovery.judge(error)
+                self._recovery.judge(error, job)
             else:
                 prepared.append((item, given))
         with self._wake:
@@ -378,20 +385,21 @@ class Batcher:
 
     def _answer(self, call: Call, started: float) -> None:
         """Deliver what a forward has given to items whose batch was `started` then."""
-        pairs = zip(call.items, call.answers, strict=True)
-        good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
-        if good is not None:  # before anybody is answered, or he could be refused for what is over
-            self._recovery.succeeded(good.payload, call.ended - call.started)
+        answered = any(not isinstance(answer, ServingError) for answer in call.answers)
+        if answered:  # before any client is, or its next request could be refused for what is over
+            self._recovery.succeeded()
         self._deliver(call.results(started))
-        if good is None:
-            bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
+        if not answered:
+            pairs = zip(call.items, call.answers, strict=True)
+            bad = next((pair for pair in pairs if isinstance(pair[1], ModelFailed)), None)
             if bad is not None:
-                self._recovery.judge(bad)
+                self._recovery.judge(bad[1], bad[0].payload)
 
     def _model(self) -> Model:
         """The model, held for one step: a forward may outlive `abandon`."""
         if self.model is None:
             raise Unavailable("the server has stopped")
+        thread_warnings.put_first()
         return self.model
 
     def _deliver(self, results: list[tuple[Item, Result]]) -> None:

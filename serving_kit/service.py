@@ -138,7 +138,7 @@ class Change:
 
 
 class Service:
-    """One model behind one queue.
+    """One model behind one queue. Without `retry`, a batch that raises fails whole.
 
     `start`, `predict` and `stop` belong to the loop thread; everything else may be called from any.
 
@@ -152,6 +152,7 @@ class Service:
         settings: Settings | None = None,
         *,
         name: str = "default",
+        retry: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings = settings or Settings()
@@ -171,6 +172,7 @@ class Service:
             on_batch=self.metrics.add_batch,
             on_error=self._keep_fault,
             clock=clock,
+            retry=retry,
         )
         for timing in model.timings:
             self.batcher.scheduler.cost.observe(*timing)
