@@ -119,8 +119,8 @@ def _copied(value: Any) -> Any:
     kind = type(value)
     if kind in _ATOMS:
         return value
-    if kind is list or kind is tuple:
-        return kind(map(_copied, value))
+    if kind is list or kind is tuple:  # most are long and flat: embeddings, scores
+        return kind(value if _ATOMS.issuperset(map(type, value)) else map(_copied, value))
     if kind is dict:
         return {name: _copied(each) for name, each in value.items()}
     if isinstance(value, dict):  # such as an OrderedDict, or what transformers' models return
