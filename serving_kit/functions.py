@@ -35,8 +35,9 @@ class CallableModel:
     hold on to something), nor what a `functools.partial` holds. Inputs share a call only if their
     parameters are equal. Every input counts as one token.
 
-    Outputs are copied before the next call, as deep as lists, tuples, dicts, arrays and tensors go: a
-    function may return views of a buffer that it uses again.
+    Inputs are copied before a call, as deep as lists, tuples, dicts, arrays and tensors go, and outputs
+    after it: a function may change its inputs, and is called again with parts of a list on which it has
+    raised; and it may return views of a buffer that it uses again.
     """
 
     task_name = "function"
@@ -80,8 +81,9 @@ class CallableModel:
             TypeError: it returned something else than a list, tuple or array.
             WrongNumberOfOutputs: not one output for each input.
         """
+        inputs = [_copied(each.payload[0]) for each in batch]
         _, parameters = batch[0].payload
-        outputs = self.function([value for value, _ in (each.payload for each in batch)], **parameters)
+        outputs = self.function(inputs, **_copied(dict(parameters)))
         if not _is_list_like(outputs):
             if inspect.iscoroutine(outputs):
                 outputs.close()

@@ -53,7 +53,7 @@ class Knob:
             SettingError: naming the knob, the value and the range.
         """
         value = as_python(value)
-        if self.auto and value == "auto":
+        if self.auto and isinstance(value, str) and value == "auto":
             return value
         if self.kind is bool:
             if isinstance(value, bool):

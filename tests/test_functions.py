@@ -388,6 +388,25 @@ def test_a_function_may_ask_another_server_of_the_process(serve: Any) -> None:
     assert outer(["a", "b"]) == ["A!", "B!"]
 
 
+# -- a function that changes its inputs ---------------------------------------------------------------
+
+
+def test_a_retry_calls_the_function_with_the_inputs_as_they_were_sent(serve: Any) -> None:
+    def take_text(rows: list[Any], *, marks: Any = ("",)) -> list[Any]:
+        mark = marks.pop() if isinstance(marks, list) else ""
+        return [row if row == "busy" else row.pop("text").upper() + mark for row in rows]
+
+    function = Recorder(take_text)
+    server = serve(function)
+    marks, rows = ["!"], [{"text": "a"}, {}, {"text": "c"}]
+    with busy(server, function) as pool:
+        asked = [pool.submit(server, row, marks=marks) for row in rows]
+        queued(server, 3)
+    assert [each.result() for each in asked[::2]] == ["A!", "C!"]
+    assert isinstance(asked[1].exception(), ModelFailed)
+    assert (marks, rows) == (["!"], [{"text": "a"}, {}, {"text": "c"}])
+
+
 # -- what cannot be served ----------------------------------------------------------------------------
 
 
@@ -442,5 +461,13 @@ def test_numbers_of_numpy_are_numbers_for_knobs_ports_and_parameters(serve: Any)
     assert "port=0" in server.as_code()
     with pytest.raises(serving_kit.SettingError):
         server.tune(max_batch_size=numpy.float64(1.5))
-    with pytest.raises(serving_kit.SettingError):
-        server.tune(max_batch_size=numpy.array([1]))
+    for knob in ("max_batch_size", "max_batch_tokens"):
+        with pytest.raises(serving_kit.SettingError):
+            server.tune(**{knob: numpy.array([1, 2])})
+
+
+def test_numbers_of_numpy_are_numbers_for_a_pipelines_parameters(serve: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    pytest.importorskip("torch")
+    server = serve(None)
+    assert len(server("the cat sat on the [MASK].", top_k=numpy.int64(2))) == 2
