@@ -11,7 +11,7 @@ A model without a canary (every function) cannot be told from its inputs. There,
 is a doubt, and one client's bad inputs must not keep others out:
 
 - It opens when at least 5 different inputs have failed over at least 10 s in which nothing was answered.
-- It refuses newcomers for a short pause (1 s, doubling up to 8 s); admitted requests still run.
+- It refuses new requests for a short pause (1 s, doubling up to 8 s); admitted requests still run.
 - HALF_OPEN lets all requests in, for 2 s at least. One answer closes it, and the count begins anew.
 
 Pure: every method takes `now`. Not thread-safe: the owner holds a lock around every change.
@@ -34,9 +34,9 @@ class Gate(Enum):
     """Whether requests may pass."""
 
     CLOSED = "closed"  # all is well
-    OPEN = "open"  # no newcomers
+    OPEN = "open"  # no new requests
     HALF_OPEN = "half_open"  # to see: one at a time, or in doubt all
-    LATCHED = "latched"  # nobody, ever again
+    LATCHED = "latched"  # no requests until a new process
 
 
 class Breaker:
