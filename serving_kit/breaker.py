@@ -88,28 +88,36 @@ class Breaker:
         """Whether something has failed since the last answer."""
         return bool(self.reason or self.failures or self._doubts)
 
-    def succeeded(self) -> None:
-        """The model has answered."""
+    def succeeded(self) -> bool:
+        """The model has answered. Returns whether this closed it."""
         if self._latched:
-            return
+            return False
+        closed = self._until is not None
         self.reason, self.failures, self._pause, self._until = "", 0, 0.0, None
         self.in_doubt, self._doubts, self._inputs = False, 0, set()
+        return closed
 
-    def failed(self, now: float, why: str) -> None:
-        """The model has failed, and it is not the input's fault. `why`: a class name or so."""
+    def failed(self, now: float, why: str) -> bool:
+        """The model has failed, and it is not the input's fault. Returns whether this opened it.
+
+        Args:
+            now: The time.
+            why: A class name or so.
+        """
         gate = self.gate(now)
         if gate is Gate.LATCHED or (gate is Gate.OPEN and not self.in_doubt):
-            return  # from before it opened: nothing new
+            return False  # from before it opened: nothing new
         self.failures += 1
         if self.failures < _FAILURES:
-            return
+            return False
         if self.in_doubt:
             self.in_doubt, self._pause = False, 0.0
         self._open(now, _PAUSE_S, _LONGEST_PAUSE_S)
         self.reason = f"the model has failed {self.failures} times in a row, last with {why}"
+        return True
 
-    def doubted(self, now: float, why: str, inputs: Set[int]) -> None:
-        """A batch has failed as a whole, which may be its inputs' fault.
+    def doubted(self, now: float, why: str, inputs: Set[int]) -> bool:
+        """A batch has failed as a whole, which may be its inputs' fault. Returns whether this opened it.
 
         Args:
             now: The time.
@@ -118,21 +126,24 @@ class Breaker:
         """
         gate = self.gate(now)
         if gate in (Gate.OPEN, Gate.LATCHED):
-            return
+            return False
         if gate is Gate.HALF_OPEN:
             if not self.in_doubt or self._until is None or now < self._until + _TRIAL_S:
-                return
+                return False
         elif not self._note(now, inputs):
-            return
+            return False
         self.in_doubt = True
         self._open(now, _DOUBT_PAUSE_S, _LONGEST_DOUBT_PAUSE_S)
         took = now - self._doubted_since
         self.reason = f"no request was answered for {took:.0f} s, and the last failed with {why}"
+        return True
 
-    def latch(self, reason: str) -> None:
-        """Nothing will work again in this process."""
-        if not self._latched:
-            self._latched, self.reason = True, reason
+    def latch(self, reason: str) -> bool:
+        """Nothing will work again in this process. Returns whether that is new."""
+        if self._latched:
+            return False
+        self._latched, self.reason = True, reason
+        return True
 
     def _note(self, now: float, inputs: Set[int]) -> bool:
         """Count a doubt. Returns whether that makes enough of them."""
