@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from serving_kit import forward
+from serving_kit import forward, thread_warnings
 from serving_kit.breaker import Breaker, Gate
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -43,7 +43,7 @@ from serving_kit.errors import (
 from serving_kit.faults import WorkerDied
 from serving_kit.forward import Call, Job, Model, Result, dropped
 from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.recovery import Recovery, Witness
+from serving_kit.recovery import Canary, Recovery
 from serving_kit.scheduler import Batch, Decision, Item, Scheduler, State
 from serving_kit.settings import Settings
 
@@ -98,6 +98,7 @@ class Batcher:
     clock: Callable[[], float] = time.monotonic
     breaker: Breaker = field(default_factory=Breaker)
     running: Running | None = None  # the forward that runs
+    retry: bool = True  # whether a batch that raised may run again in parts
     wakeups: int = 0  # times that the worker looked for work; an idle server adds none
     _loop: asyncio.AbstractEventLoop | None = None
     _thread: threading.Thread | None = None
@@ -122,7 +123,8 @@ class Batcher:
             lock=self._wake,
             breaker=self.breaker,
             ceiling=self.scheduler.ceiling,
-            witness=None if example is None else Witness(0.0, *example),
+            canary=None if example is None else Canary(*example),
+            retry=self.retry,
         )
 
     # -- the loop thread's side ------------------------------------------------------------------
@@ -235,7 +237,6 @@ class Batcher:
         """
         self._stopping = True
         self.model = None
-        self._recovery.forget()
         with self._wake:
             self.scheduler.draining = True
             self.scheduler.evict()
@@ -264,6 +265,11 @@ class Batcher:
             )
 
     @property
+    def thread(self) -> threading.Thread | None:
+        """The model thread, once there is one. Any thread."""
+        return self._thread
+
+    @property
     def alive(self) -> bool:
         """Whether the model thread runs."""
         return self._thread is not None and self._thread.is_alive()
@@ -282,7 +288,8 @@ class Batcher:
     def doubt(self) -> str:
         """Why it is not certain that requests can be answered; empty if there is no reason for doubt."""
         if reason := self.breaker.reason:
-            return f"{reason}; one request at a time is let in to try again"
+            who = "requests are" if self.breaker.in_doubt else "one request at a time is"
+            return f"{reason}; {who} let in to try again"
         with self._wake:
             return self.scheduler.doubt(self.clock())
 
@@ -364,7 +371,7 @@ class Batcher:
             while True:
                 self.wakeups += 1
                 now = self.clock()
-                if self.breaker.gate(now) in (Gate.OPEN, Gate.LATCHED):
+                if self.breaker.refuses_admitted(now):
                     refused = self.scheduler.evict()
                 fresh = self.scheduler.unprepared()
                 if fresh:
@@ -400,7 +407,7 @@ class Batcher:
                 with self._wake:
                     self.scheduler.cancel(item)
                 self._deliver([(item, Result(error=failed))])
-                self._recovery.judge(error)
+                self._recovery.judge(error, job)
             else:
                 prepared.append((item, given))
         with self._wake:
@@ -449,20 +456,21 @@ class Batcher:
 
     def _answer(self, call: Call, started: float) -> None:
         """Deliver what a forward has given to items whose batch was `started` then."""
-        pairs = zip(call.items, call.answers, strict=True)
-        good = next((item for item, answer in pairs if not isinstance(answer, ServingError)), None)
-        if good is not None:  # before anybody is answered, or he could be refused for what is over
-            self._recovery.succeeded(good.payload, call.ended - call.started)
+        answered = any(not isinstance(answer, ServingError) for answer in call.answers)
+        if answered:  # before any client is, or its next request could be refused for what is over
+            self._recovery.succeeded()
         self._deliver(call.results(started))
-        if good is None:
-            bad = next((answer for answer in call.answers if isinstance(answer, ModelFailed)), None)
+        if not answered:
+            pairs = zip(call.items, call.answers, strict=True)
+            bad = next((pair for pair in pairs if isinstance(pair[1], ModelFailed)), None)
             if bad is not None:
-                self._recovery.judge(bad)
+                self._recovery.judge(bad[1], bad[0].payload)
 
     def _model(self) -> Model:
         """The model, held for one step: a forward may outlive `abandon`."""
         if self.model is None:
             raise Unavailable("the server has stopped")
+        thread_warnings.put_first()
         return self.model
 
     def _deliver(self, results: list[tuple[Item, Result]]) -> None:

@@ -24,7 +24,7 @@ class Fault(StrEnum):
 
 
 class WrongNumberOfOutputs(RuntimeError):
-    """The model did not return one output per input, so none can be trusted."""
+    """The model did not return one output per input, so that none can be told whose it is."""
 
 
 class WorkerDied(RuntimeError):

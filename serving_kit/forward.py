@@ -42,8 +42,8 @@ class Model(Protocol):
     output into what the client gets. Anything else that they raise is a `ModelFailed`, or a
     `RequestTooLarge` if it is for want of memory.
 
-    A batch on which `forward` has raised is run again in parts, and so is an input that was answered
-    before, to see whether the model still works.
+    A batch on which `forward` has raised is run again in parts, and so is `example`, to see whether the
+    model still works.
     """
 
     @property
@@ -135,7 +135,9 @@ def run(
     try:
         outputs = model.forward(inputs)
         if len(outputs) != len(inputs):
-            raise WrongNumberOfOutputs(f"{len(inputs)} inputs, {len(outputs)} outputs")
+            raise WrongNumberOfOutputs(
+                f"inputs given to the model: {len(inputs)}; outputs that it returned: {len(outputs)}"
+            )
     except BaseException as error:
         return Call(items, started, clock(), error=error)
     answers = [_finish(model, *pair, told) for pair in zip(outputs, inputs, strict=True)]

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving_kit import process_guard
+from serving_kit import process_guard, thread_warnings
 from serving_kit.connection import Connection
 from serving_kit.errors import StartError
 
@@ -312,6 +312,7 @@ class InlineServer:
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self._mounted is not None
+        thread_warnings.put_first()
         await self._mounted(scope, receive, send)
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 
 from serving_kit import process_guard
 from serving_kit.app import build_app
+from serving_kit.batching import THREAD_NAME as MODEL_THREAD_NAME
 from serving_kit.errors import ServingError, SettingError, StartError
 from serving_kit.guard import Access, access, is_loopback
 from serving_kit.inline_server import InlineServer, bind
@@ -29,13 +30,15 @@ from serving_kit.loading import load_model
 from serving_kit.metrics import HISTORY_S
 from serving_kit.records import BatchReason, Incident
 from serving_kit.service import Service, check_live_timeout
-from serving_kit.settings import Settings, refuse_unknown
+from serving_kit.settings import Settings, as_python, refuse_unknown
 
 TOKEN_VARIABLE = "SERVING_KIT_TOKEN"
 _PORTS_TO_TRY = 100
 # Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
 _servers: dict[str, Server] = sys.__dict__.setdefault("_serving_kit_servers", {})
 _lock = threading.RLock()
+_waiting: dict[threading.Thread, Server] = {}  # model threads that wait for an answer, and whose
+_waiting_lock = threading.Lock()
 
 
 class Server:
@@ -65,27 +68,59 @@ class Server:
     def __call__(self, inputs: Any, **parameters: Any) -> Any:
         """What the pipeline returns for `inputs`, through the same queue as everybody else.
 
+        A list is always several inputs, also for a function: one input that is itself a list goes as a
+        list of one, `server([[1, 2, 3]])`. A tuple or an array is one input.
+
         Args:
             inputs: One input, or a list of them: each is a queue item, answered in the same order.
             parameters: As for the pipeline.
 
         Raises:
             ServingError: as HTTP clients get it; a note holds the details.
+            RuntimeError: called by the function that this server serves, on its model thread, where the
+                answer would wait for itself; also when several servers would wait in a circle.
         """
-        with _explained():
+        with _explained(), self._wait():
             return self._inline.run(self._ask(inputs, parameters))
 
     async def predict(self, inputs: Any, **parameters: Any) -> Any:
         """The same for `await`: the cell's event loop goes on while the model works."""
+        self._refuse_to_wait_for(threading.current_thread())
         with _explained():
             return await asyncio.wrap_future(self._inline.submit(self._ask(inputs, parameters)))
 
     async def _ask(self, inputs: Any, parameters: Mapping[str, Any]) -> Any:
         service = self._service
+        parameters = {name: as_python(value) for name, value in parameters.items()}
         with service.observe() as ticket:
             values = inputs if isinstance(inputs, list) else [inputs]
             answers = await service.predict(values, parameters, ticket)
             return answers if isinstance(inputs, list) else answers[0]
+
+    @contextlib.contextmanager
+    def _wait(self) -> Iterator[None]:
+        """Let a model thread wait for this server's answer, if the answer does not wait for that thread."""
+        me = threading.current_thread()
+        if me.name != MODEL_THREAD_NAME:
+            yield
+            return
+        with _waiting_lock:
+            self._refuse_to_wait_for(me)
+            _waiting[me] = self
+        try:
+            yield
+        finally:
+            del _waiting[me]
+
+    def _refuse_to_wait_for(self, me: threading.Thread) -> None:
+        server: Server | None = self
+        while server is not None and (thread := server._service.batcher.thread) is not None:
+            if thread is me:
+                raise RuntimeError(
+                    f"a function that {self.name!r} waits for cannot ask {self.name!r}: it would wait for "
+                    "its own answer until the timeout. Call the function or the model itself"
+                )
+            server = _waiting.get(thread)
 
     # -- tuning and looking ----------------------------------------------------------------------
 
@@ -239,6 +274,7 @@ def serve(
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     shortcuts: bool = True,
+    retry: bool = True,
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     live_timeout_s: float | None = None,
@@ -251,8 +287,8 @@ def serve(
 
     Args:
         model: None for the bundled demo model; a Hub id or folder, as `pipeline(model=...)` takes it;
-            a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function, which
-            is called again with parts of a list on which it has raised.
+            a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function: it gets
+            a list of inputs, of one request or of several, and returns one output for each, in order.
         task: As for `transformers.pipeline`; None lets it find out.
         port: Port; if another program has it, the next free one is taken and named. 0: any.
         host: Address to listen on. The default is reachable from this machine only; on any other, every
@@ -263,6 +299,9 @@ def serve(
         shortcuts: Take roads to the same answers that are shorter: fill-mask scores the vocabulary at
             its masks only, linear layers on a CPU use oneDNN where that is faster. The numbers differ
             from the pipeline's by rounding (1e-6).
+        retry: Call the model again with parts of a batch on which it has raised, so that a bad input fails
+            alone. False: such a batch fails whole, and the model never sees an input twice; for
+            functions with side effects.
         allowed_hosts: Names by which a proxy may ask for it, besides localhost: "models.example.org".
         allowed_origins: Sites whose pages may ask it, and get CORS: "https://example.org".
         live_timeout_s: Seconds after which a forward that hangs makes `GET /live` answer 503, so that an
@@ -276,6 +315,7 @@ def serve(
     refuse_unknown(knobs)
     settings = Settings(**knobs)
     check_live_timeout(live_timeout_s)
+    port = as_python(port)
 
     def load() -> Service:
         if old is not None:
@@ -284,7 +324,7 @@ def serve(
             loaded = load_model(
                 model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
             )
-            return Service(loaded, settings, name=name, live_timeout_s=live_timeout_s)
+            return Service(loaded, settings, name=name, retry=retry, live_timeout_s=live_timeout_s)
         except SettingError as error:
             raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
         finally:
@@ -308,7 +348,8 @@ def serve(
                 sock.close()
                 raise
     given = {"task": task, "port": port, "host": host, "name": name, "device": device}
-    given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts, "live_timeout_s": live_timeout_s}
+    given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts, "retry": retry}
+    given |= {"live_timeout_s": live_timeout_s}
     usual = inspect.signature(serve).parameters
     server._model_code = _as_called(model)
     server._named = {key: value for key, value in given.items() if value != usual[key].default}
@@ -395,6 +436,7 @@ def create_app(
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     shortcuts: bool = True,
+    retry: bool = True,
     token: str | None = None,
     public: bool = False,
     allowed_hosts: Sequence[str] = (),
@@ -413,6 +455,7 @@ def create_app(
         device: As for `transformers.pipeline`.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
         shortcuts: As for `serve()`.
+        retry: As for `serve()`.
         token: What changing settings wants as bearer token, and everything else that does not come from
             this machine. None takes it from the environment variable SERVING_KIT_TOKEN; without that,
             settings are fixed and only this machine may ask.
@@ -433,7 +476,7 @@ def create_app(
         loaded = load_model(
             model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
         )
-        return Service(loaded, settings, name=name, live_timeout_s=live_timeout_s)
+        return Service(loaded, settings, name=name, retry=retry, live_timeout_s=live_timeout_s)
 
     rule = access(
         token or os.environ.get(TOKEN_VARIABLE) or None,

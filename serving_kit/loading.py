@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from serving_kit.errors import StartError
-from serving_kit.models import CallableModel, PipelineModel, short_name
+from serving_kit.functions import CallableModel
+from serving_kit.models import PipelineModel, short_name
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
@@ -57,7 +58,7 @@ def load_model(
     elif all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
         served = PipelineModel(model, shortcuts=shortcuts)
     elif callable(model):
-        if inspect.iscoroutinefunction(model) or inspect.isgeneratorfunction(model):
+        if _is_async(model):
             raise StartError(f"{_name(model)} must be a plain function from a list to a list, not async")
         served = CallableModel(model)
     else:
@@ -122,6 +123,15 @@ def _explain(error: BaseException) -> str:
     if "Inferring the task" in story or "infer the task" in story.lower():
         return f"{first} Say which task it is: serve({'...'}, task='fill-mask')"
     return f"{type(error).__name__}: {first}"
+
+
+def _is_async(model: Any) -> bool:
+    """Whether calling it gives a coroutine or a generator: also for an object with such a `__call__`."""
+    return any(
+        test(each)
+        for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        for each in (model, type(model).__call__)
+    )
 
 
 def _name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A model as three steps: prepare, forward, finish. Wraps a `transformers` pipeline or any callable.
+"""A model as three steps: prepare, forward, finish. Wraps a `transformers` pipeline.
 
     value ── prepare ──▶ Prepared ──┐
     value ── prepare ──▶ Prepared ──┴─ forward ──▶ outputs ── finish ──▶ answers
@@ -9,14 +9,13 @@ library cut the batch up again, so that every client gets what `pipeline(value)`
 `fill-mask` collapses, a list level that `text-classification` drops, the padding rows that
 `feature-extraction` leaves in.
 
-Not here: getting a model (`loading.py`), when to run (`batching.py`), which parameters exist
-(`tasks.py`), JSON (`formats.py`).
+Not here: getting a model (`loading.py`), functions (`functions.py`), when to run (`batching.py`), which
+parameters exist (`tasks.py`), JSON (`formats.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving_kit.errors import InputRejected, MalformedRequest, StartError
+from serving_kit.errors import InputRejected, StartError
 from serving_kit.fast_linear import use_fast_linear
 from serving_kit.forward import Prepared
 from serving_kit.mask_head import MaskHead, mask_head
@@ -44,59 +43,6 @@ class Timing(NamedTuple):
 
     padded_tokens: int
     seconds: float
-
-
-class CallableModel:
-    """Any `list -> list` function: one output for each input, in order.
-
-    Clients may set the function's keyword-only parameters; inputs with different parameters never
-    share a call. Every input counts as one token.
-    """
-
-    task_name = "function"
-    device = "python"
-    media = False
-    max_batch_size: int | None = None
-    timings: Sequence[Timing] = ()
-    example = None  # a function is not called with inputs that nobody sent
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = str(getattr(function, "__name__", type(function).__name__))
-        self.parameters = _keywords(function)
-
-    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
-        """Raise `MalformedRequest` for a parameter that the function does not declare."""
-        for name in parameters:
-            if self.parameters is not None and name not in self.parameters:
-                known = ", ".join(sorted(self.parameters)) or "none"
-                raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
-
-    def warm_up(self) -> list[Timing]:
-        """Nothing; see `example`."""
-        return []
-
-    def estimate(self, value: Any) -> int:
-        """One token each: nothing is known about what an input costs."""
-        return 1
-
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
-        """Keep the value as it is."""
-        return Prepared((value, parameters), 1, _key(parameters))
-
-    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
-        """Call the function with the list of values."""
-        _, parameters = batch[0].payload
-        outputs = self.function([value for value, _ in (each.payload for each in batch)], **parameters)
-        if isinstance(outputs, (str, bytes, Mapping)) or not hasattr(outputs, "__len__"):
-            raise TypeError(
-                f"the model must return a list, one output per input; got {type(outputs).__name__}"
-            )
-        return list(outputs)
-
-    def finish(self, output: Any, prepared: Prepared) -> Any:
-        """Keep the output as it is."""
-        return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,27 +331,8 @@ def _width(chunk: Any) -> int:
 
 
 def _key(parameters: Mapping[str, Any]) -> str:
-    return json.dumps(parameters, sort_keys=True, default=repr) if parameters else ""
-
-
-def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Keyword-only parameters, which a client may set; None: any.
-
-    A plain parameter with a default is often a notebook's way to hold on to something
-    (`def f(texts, model=model)`), and so is a keyword of a `functools.partial`: not for strangers.
-    """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a builtin without a signature
-        return frozenset()
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        return None
-    held = getattr(function, "keywords", {})
-    return frozenset(
-        each.name
-        for each in parameters
-        if each.kind is inspect.Parameter.KEYWORD_ONLY and each.name not in held
-    )
+    # Checked parameters are JSON. Anything else must not be told apart by its `repr`.
+    return json.dumps(parameters, sort_keys=True) if parameters else ""
 
 
 def _display_name(pipe: Any) -> str:

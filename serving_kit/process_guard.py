@@ -8,6 +8,7 @@
   all other threads pass untouched, and so does the user's own logging set-up.
 - Where this kit's own lines go (`log.py`), from any thread: to `server.logs()`, to handlers of the logger
   `serving_kit`, and to those of its parents that do not write into a cell.
+- Which warnings are errors, on those threads: none (`thread_warnings.py`).
 
 Not here: starting threads (`inline_server.py`, `batching.py`).
 """
@@ -23,7 +24,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-THREAD_PREFIX = "serving-kit-"
+from serving_kit import thread_warnings
+from serving_kit.thread_warnings import THREAD_PREFIX as THREAD_PREFIX
+
 SWITCH_INTERVAL_S = 1e-4
 _KEPT_LINES = 200
 # Loggers that write from our threads. Filters of a logger see its own records only, not its children's,
@@ -44,6 +47,8 @@ def hold(owner: object) -> None:
         if not _holders:
             _shorten_switch_interval()
             _keep_warnings()
+            thread_warnings.install()
+            _undo.append(thread_warnings.remove)
         _holders.add(id(owner))
         _keep_log_lines()  # each time: libraries imported since have brought handlers of their own
 

@@ -2,16 +2,18 @@
 
     a batch raised ──▶ Case ──▶ parts of it, run again ──▶ answered │ blamed, alone or with all the rest
                         │
-                        └─ not one answer, and the witness fails as well ──▶ the model ──▶ breaker.py
+                        └─ not one answer, and the canary fails as well ──▶ the model ──▶ breaker.py
 
 Nobody but the culprits hears of a failure: a batch is taken apart until each stands alone
 (`culprits.py`). One that did not fit into memory is halved, and what was too many is remembered
 (`memory.py`).
 
-The witness is an input that the model has answered well: its own example, or else the one that it has
-answered fastest. While it still answers that, a failure is the input's fault. If it does not, or there
-is no witness, a batch without one answer counts against the model. So bad inputs alone close no server
-that has a witness, and a model that is broken is not asked for every item.
+The canary is the model's own example (`Model.example`). While it is answered, a failure is the input's
+fault; if it is not, a batch without one answer counts against the model. A model without an example, as
+every function is, has no canary: a client's input is run again only to answer that client, never for
+others. There, such a batch is a doubt, of which the breaker needs more (`breaker.py`).
+
+Without `retry`, nothing that a client has sent runs twice: a batch that raises fails whole.
 
 `Case` is pure. `Recovery` belongs to the model thread and lives longer than it.
 
@@ -22,6 +24,7 @@ Not here: the queue, the thread and its death (`batching.py`), which kind of fai
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,13 +40,15 @@ from serving_kit.memory import Ceiling, make_room
 from serving_kit.scheduler import Drop, Item, State
 
 _LOST_DEVICE = "the device is in an error state that only a new process clears: restart the kernel"
+_repr = reprlib.Repr()  # bounded, and raises nothing
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 100
+_repr.maxstring = _repr.maxother = 1000
 _TIDY_S = 10.0  # between thorough searches for memory: each stops all threads for a moment
 
 
-class Witness(NamedTuple):
-    """An input that the model has answered well: if it still does, a failure is not the model's."""
+class Canary(NamedTuple):
+    """The model's own example: if it is still answered, a failure is not the model's."""
 
-    seconds: float  # that its batch took; 0: no other shall take its place
     value: Any
     parameters: Mapping[str, Any]
 
@@ -53,38 +58,42 @@ class Case:
 
     Args:
         call: The forward that raised.
+        retry: Whether parts of it may run again.
+        thorough: Whether to search to the end also while it is not known whether the model works.
 
     Attributes:
+        items: Of the batch.
         started: When the batch was.
         error: What the model raised last.
-        works: Whether it still answers the witness; None: not known. Whoever runs the case sets it.
+        works: Whether it still answers the canary; None: not known. Whoever runs the case sets it.
         answered: Whether a part of the batch was.
         blamed: The items whose clients are told of an error.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, retry: bool = True, thorough: bool = False) -> None:
         assert call.error is not None
-        self.started, self.error = call.started, call.error
+        self.items, self.started, self.error = call.items, call.started, call.error
         self.works: bool | None = None
         self.answered = False
         self.blamed: set[Item] = set()
-        self._items = call.items
+        self._retry = retry
         self._settled: set[Item] = set()  # answered, one way or the other
         self._too_large: list[Sequence[Item]] = []  # parts that did not fit into memory
         self._part = range(len(call.items))  # that runs now
         self._note_lack_of_memory(call.items)
-        self._halving = bool(self._too_large) and len(call.items) > 1
+        self._halving = retry and bool(self._too_large) and len(call.items) > 1
         self._in_vain = not self.waiting(call.ended)
-        self._over = faults.kind(call.error) is Fault.OUTPUTS
-        self._search = Search(len(call.items), vouched=self._halving)
+        self._over = not retry
+        miscounted = faults.kind(call.error) is Fault.OUTPUTS
+        self._search = Search(len(call.items), vouched=self._halving or thorough, alone=miscounted)
 
     @property
-    def needs_witness(self) -> bool:
-        """Whether to ask the witness first: parts of what was too large are run anyway."""
+    def needs_canary(self) -> bool:
+        """Whether to ask the canary first: parts of what was too large are run anyway."""
         return not (self._halving or self._in_vain)
 
     def hear(self, works: bool | None) -> None:
-        """Note what the witness has said."""
+        """Note what came of the canary."""
         self.works = works
         self._over = self._over or works is False
         if works:
@@ -93,7 +102,7 @@ class Case:
     def next(self, now: float) -> list[Item]:
         """The items to run again; empty: the search is over."""
         while not self._over and (part := self._search.next()) is not None:
-            live = self._waiting([self._items[i] for i in part], now)
+            live = self._waiting([self.items[i] for i in part], now)
             if live:
                 self._part = part
                 return live
@@ -106,13 +115,13 @@ class Case:
         self._search.passed()
 
     def failed(self, items: Sequence[Item], error: BaseException) -> bool:
-        """Those of `next` raised. Returns whether they are the culprits, and not to be split further."""
+        """Those of `next` raised. Returns whether it is one alone, which is to blame then."""
         self.error = error
         self._note_lack_of_memory(items)
-        self._search.failed(self._part)
         fault = faults.kind(error)
+        self._search.failed(self._part, alone=fault is Fault.OUTPUTS)
         self._over = self._over or fault is Fault.DEVICE  # whatever runs next would fail as well
-        return len(items) == 1 or fault is Fault.OUTPUTS
+        return len(items) == 1
 
     def blame(self, items: Sequence[Item]) -> None:
         """They were told of the last error."""
@@ -121,11 +130,11 @@ class Case:
 
     def waiting(self, now: float) -> list[Item]:
         """Those for whose answer somebody still waits, and in time."""
-        return self._waiting(self._items, now)
+        return self._waiting(self.items, now)
 
     def expired(self, now: float) -> list[Item]:
         """Those without an answer whose time is up."""
-        return [item for item in self._items if item not in self._settled and item.deadline <= now]
+        return [item for item in self.items if item not in self._settled and item.deadline <= now]
 
     @property
     def is_the_models(self) -> bool:
@@ -133,8 +142,12 @@ class Case:
         return not self.answered and self.works is not True
 
     def too_many(self) -> Sequence[Item]:
-        """The least that did not fit together, though each of them does; empty if there is no such thing."""
-        together = [part for part in self._too_large if len(part) > 1 and self.blamed.isdisjoint(part)]
+        """The least that did not fit together, though each of them does; empty if there is no such thing.
+
+        Without a retry it is not known whether each of them does, and assumed.
+        """
+        several = [part for part in self._too_large if len(part) > 1]
+        together = [part for part in several if not self._retry or self.blamed.isdisjoint(part)]
         return min(together, key=_padded, default=())
 
     def _waiting(self, items: Sequence[Item], now: float) -> list[Item]:
@@ -147,7 +160,7 @@ class Case:
 
 @dataclass(eq=False)
 class Recovery:
-    """Deals with what the model raises. The model thread's own, but for `forget`.
+    """Deals with what the model raises. The model thread's own.
 
     Nothing of the model is called while `lock` is held, and what these functions raise is not caught.
     """
@@ -161,21 +174,25 @@ class Recovery:
     lock: AbstractContextManager[Any]  # around every change of the next two
     breaker: Breaker
     ceiling: Ceiling
-    witness: Witness | None = None
+    canary: Canary | None = None
+    retry: bool = True  # whether a batch that raised may run again in parts
     on_breaker: Callable[[Gate, str], None] = lambda gate, reason: None  # its new state, and why
     _tidied_at: float = -math.inf  # when memory was last looked for thoroughly
 
     # -- a forward has raised ----------------------------------------------------------------------
 
     def recover(self, call: Call, left_waiting: int) -> None:
-        """Answer every item of a batch that raised; none but the culprits hear of it.
+        """Answer every item of a batch that raised; with `retry`, none but the culprits hear of it.
 
-        One culprit among n takes 2 * ceil(log2 n) + 1 further forwards at most: one for the witness,
-        and the search.
+        One culprit among n takes 2 * ceil(log2 n) + 1 further forwards at most: one for the canary,
+        and the search. After a wrong number of outputs it is n and one.
         """
-        case = Case(call)
+        # Without a canary, many bad inputs in a batch must not end the search before the good ones are
+        # found. Once the breaker has opened it is short: the model may well be broken.
+        thorough = self.canary is None and not self.breaker.reason
+        case = Case(call, retry=self.retry, thorough=thorough)
         self._make_room(case.error)
-        if case.needs_witness:
+        if case.needs_canary:
             case.hear(self._still_works(case.error))
         while items := case.next(self.clock()):
             self._try_again(case, items, left_waiting)
@@ -203,14 +220,14 @@ class Recovery:
         if not case.blamed:
             self.told(case.error)  # nobody else is told, but the owner is
         if case.is_the_models:
-            self._suspect(case.error)
+            self._suspect(case.error, case.works, [item.payload for item in case.items])
         if many := case.too_many():
             with self.lock:
                 self.ceiling.broke(max(item.tokens for item in many), _padded(many), now)
 
     def _blame(self, case: Case, items: Sequence[Item]) -> None:
         """Tell their clients that it was these."""
-        failed = self.told(case.error, fits=case.works is not False)
+        failed = self.told(case.error, fits=case.works is not False and len(items) == 1)
         took = self.clock() - case.started
         self.deliver(
             [(i, Result(error=failed, queue_wait=case.started - i.arrived, forward=took)) for i in items]
@@ -229,27 +246,22 @@ class Recovery:
 
     # -- is it the model? --------------------------------------------------------------------------
 
-    def succeeded(self, job: Job, seconds: float) -> None:
-        """The model has answered `job` well, in a forward of so many seconds."""
-        if self.breaker.reason or self.breaker.failures:
+    def succeeded(self) -> None:
+        """The model has answered."""
+        if self.breaker.suspects:
             with self.lock:
                 closed = self.breaker.succeeded()
             if closed:
                 self.on_breaker(Gate.CLOSED, "")
-        if self.witness is None or seconds < self.witness.seconds:
-            self.witness = Witness(seconds, job.value, job.parameters)
 
-    def judge(self, error: BaseException) -> None:
-        """Hold `error` against the model, unless its witness speaks for it."""
-        if self._still_works(error) is not True:
-            self._suspect(error)
-
-    def forget(self) -> None:
-        """Let the witness go. Any thread."""
-        self.witness = None
+    def judge(self, error: BaseException, job: Job) -> None:
+        """Hold `error`, which came of `job` alone, against the model, unless it answers its canary."""
+        works = self._still_works(error)
+        if works is not True:
+            self._suspect(error, works, [job])
 
     def _still_works(self, error: BaseException) -> bool | None:
-        """Whether the model answers what it has answered before; None: it never has.
+        """Whether the model answers its canary; None: it has none.
 
         If it does, `error` is the fault of the input.
         """
@@ -257,18 +269,16 @@ class Recovery:
             return True  # a verdict on the input, not a failure
         if faults.kind(error) is Fault.DEVICE:
             return False
-        witness = self.witness
-        if witness is None:
-            return None
-        if self.probe(witness.value, witness.parameters):
-            return True
-        self.witness = None  # it may be the witness that has gone bad: do not trust it twice
-        return False
+        return None if self.canary is None else self.probe(*self.canary)
 
-    def _suspect(self, error: BaseException) -> None:
-        """Blame the model itself."""
+    def _suspect(self, error: BaseException, works: bool | None, jobs: Sequence[Job]) -> None:
+        """Count a failure against the model itself, or if it is not known to be broken, a doubt."""
+        why, inputs = type(error).__name__[:60], {_fingerprint(job) for job in jobs}
         with self.lock:
-            opened = self.breaker.failed(self.clock(), type(error).__name__[:60])
+            if works is False:
+                opened = self.breaker.failed(self.clock(), why)
+            else:
+                opened = self.breaker.doubted(self.clock(), why, inputs)
         if opened:
             self.on_breaker(Gate.OPEN, self.breaker.reason)
 
@@ -306,6 +316,15 @@ class Recovery:
 def _is_wanted(item: Item, now: float) -> bool:
     """Whether somebody waits for a running item, and may still get it in time."""
     return item.state is State.RUNNING and not item.abandoned and item.deadline > now
+
+
+def _fingerprint(job: Job) -> int:
+    """A number that is equal for equal inputs. Long arrays that differ may share one."""
+    try:
+        value = hash(job.value)
+    except Exception:  # a list, or an object whose own `__hash__` raises
+        value = hash(_repr.repr(job.value))
+    return hash((value, _repr.repr(job.parameters)))
 
 
 def _padded(items: Sequence[Item]) -> int:

@@ -166,7 +166,7 @@ class Change:
 
 
 class Service:
-    """One model behind one queue.
+    """One model behind one queue. Without `retry`, a batch that raises fails whole.
 
     `start`, `predict` and `stop` belong to the loop thread; everything else may be called from any.
 
@@ -188,6 +188,7 @@ class Service:
         settings: Settings | None = None,
         *,
         name: str = "default",
+        retry: bool = True,
         live_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -211,6 +212,7 @@ class Service:
             on_error=self._keep_fault,
             on_breaker=lambda gate, reason: self.log.breaker(gate.value, reason),
             clock=clock,
+            retry=retry,
         )
         for timing in model.timings:
             self.batcher.scheduler.cost.observe(*timing)

@@ -52,7 +52,8 @@ class Knob:
         Raises:
             SettingError: naming the knob, the value and the range.
         """
-        if self.auto and value == "auto":
+        value = as_python(value)
+        if self.auto and isinstance(value, str) and value == "auto":
             return value
         if self.kind is bool:
             if isinstance(value, bool):
@@ -156,6 +157,13 @@ class Settings:
 
 
 KNOBS: Mapping[str, Knob] = {f.name: f.metadata["knob"] for f in dataclasses.fields(Settings)}
+
+
+def as_python(value: Any) -> Any:
+    """A numpy number as Python's own; anything else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    return value
 
 
 def refuse_unknown(names: Mapping[str, Any]) -> None:

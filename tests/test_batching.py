@@ -207,7 +207,8 @@ def test_a_wrong_number_of_outputs_fails_the_batch_and_never_misassigns() -> Non
             assert isinstance((await result(each)).error, ModelFailed)
 
     bench = drive(test)
-    assert "2 inputs, 1 outputs" in str(bench.errors[-1][1])
+    assert "inputs given to the model: 1; outputs that it returned: 0" in str(bench.errors[-1][1])
+    assert [record.size for record in bench.records[1:]] == [2, 1, 1], "each runs alone"
 
 
 STAGES = ["poll", "unprepared", "ready", "finished", "on_batch", "deliver", "wait"]

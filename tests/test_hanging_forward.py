@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 import serving_kit
-from serving_kit.models import CallableModel
+from serving_kit.functions import CallableModel
 from serving_kit.service import Service
 from serving_kit.settings import Settings
 from tests.conftest import until
@@ -90,7 +90,7 @@ def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = 
     inside, go_on = threading.Event(), threading.Event()
 
     class Model(CallableModel):
-        timings = () if learned_s is None else tuple((1, 1, learned_s) for _ in range(10))
+        timings = () if learned_s is None else tuple((1, learned_s) for _ in range(10))
 
     def wait(texts: list[str]) -> list[str]:
         inside.set()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from serving_kit import forward
 from serving_kit.errors import InputRejected, MalformedRequest, ModelFailed, StartError
 from serving_kit.formats import dump_json
+from serving_kit.functions import CallableModel
 from serving_kit.loading import load_model
-from serving_kit.models import CallableModel, PipelineModel
+from serving_kit.models import PipelineModel
 from serving_kit.service import Service
 from tests.tiny import PARAMETERS, TASKS, example, tiny
 

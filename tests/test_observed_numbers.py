@@ -1,5 +1,6 @@
 """What the metrics and the snapshot say, also while other threads change what they read."""
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable
@@ -47,7 +48,9 @@ def test_a_refusal_by_the_breaker_is_not_counted_as_load(serve: Serve) -> None:
 
     server = serve(broken)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        until(lambda: client.post("/", content="x").status_code == 503)
+        # A function can be told from its inputs only by many of them, over 10 s.
+        numbers = itertools.count()
+        until(lambda: client.post("/", content=f"x{next(numbers)}").status_code == 503, timeout=40)
         stats = client.get("/stats", params={"series": 60}).json()
     assert stats["requests"]["unavailable"] == 1
     assert stats["requests"]["shed"] == 0

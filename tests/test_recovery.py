@@ -1,5 +1,6 @@
 """The decisions after a failure, without threads or clocks: who is to blame, what fits, when to ask."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from serving_kit.errors import (
 from serving_kit.faults import Fault, WorkerDied, WrongNumberOfOutputs, kind
 from serving_kit.forward import Call, Job, Result
 from serving_kit.memory import Ceiling
-from serving_kit.recovery import Case, Recovery, Witness
+from serving_kit.recovery import Canary, Case, Recovery
 from serving_kit.scheduler import Item, Scheduler, State
 from serving_kit.settings import Settings
 
@@ -94,7 +95,11 @@ class Ward:
     """A `Recovery` with all that it asks for, around a model that is a function of what a batch holds."""
 
     def __init__(
-        self, bad: Callable[[Sequence[str]], BaseException | None], witness: str | None = "good"
+        self,
+        bad: Callable[[Sequence[str]], BaseException | None],
+        canary: str | None = "good",
+        *,
+        retry: bool = True,
     ) -> None:
         self.bad = bad
         self.now = 0.0
@@ -113,7 +118,8 @@ class Ward:
             lock=self,
             breaker=Breaker(),
             ceiling=Ceiling(),
-            witness=None if witness is None else Witness(1.0, witness, {}),
+            canary=None if canary is None else Canary(canary, {}),
+            retry=retry,
         )
 
     def __enter__(self) -> None:
@@ -137,7 +143,7 @@ class Ward:
         return self.bad([value]) is None
 
     def answer(self, call: Call, started: float) -> None:
-        self.recovery.succeeded(call.items[0].payload, call.ended - call.started)
+        self.recovery.succeeded()
         self.deliver(call.results(started))
 
     def deliver(self, results: list[tuple[Item, Result]]) -> None:
@@ -167,7 +173,7 @@ def any_of(bad: set[str], error: type[BaseException] = ValueError) -> Callable[.
 
 @given(st.data(), st.integers(1, 30), st.sampled_from(["good", "bad", None]))
 def test_whoever_still_waits_gets_exactly_one_outcome_and_nobody_else_any(
-    data: st.DataObject, size: int, witness: str | None
+    data: st.DataObject, size: int, canary: str | None
 ) -> None:
     names = st.sets(st.sampled_from([f"v{n}" for n in range(size)]))
     gone, late = data.draw(names), data.draw(names)
@@ -177,7 +183,7 @@ def test_whoever_still_waits_gets_exactly_one_outcome_and_nobody_else_any(
         item.abandoned = item.payload.value in gone
         if item.payload.value in late:
             item.deadline = data.draw(st.floats(0.5, 20))
-    ward = Ward(any_of(bad | {"bad"}), witness)
+    ward = Ward(any_of(bad | {"bad"}), canary)
     ward.treat(items)
     assert {f"v{n}" for n in range(size)} - gone <= ward.results.keys()
     assert ward.results.keys().isdisjoint(gone - late), "nobody listens"
@@ -188,43 +194,66 @@ def test_whoever_still_waits_gets_exactly_one_outcome_and_nobody_else_any(
             assert answer.value in ((None,) if value in bad else (None, value.upper()))
             assert (answer.value is None) != (answer.error is None)
             assert isinstance(answer.error, (DeadlineExceeded, ModelFailed, type(None)))
-            if witness == "good" and value not in bad | late | gone:
+            if canary != "bad" and value not in bad | late | gone:
                 assert answer.value is not None, "the innocent are answered"
     assert len(ward.calls) <= 2 * size
 
 
-def test_a_witness_that_fails_too_ends_the_search_and_counts_against_the_model() -> None:
+def test_a_canary_that_fails_too_ends_the_search_and_counts_against_the_model() -> None:
     ward = Ward(lambda values: LookupError())
+    for failures in (1, 2):
+        ward.treat([running(f"v{n}") for n in range(8)])
+        assert (len(ward.calls), ward.probes) == (failures, ["good"] * failures)
+        assert len(ward.incidents) == failures
+        assert ward.recovery.breaker.failures == failures
+
+
+def test_without_a_canary_nothing_runs_but_the_inputs_of_the_batch_that_failed() -> None:
+    ward = Ward(any_of({"v0"}), canary=None)
+    ward.treat([running("v0"), running("v1")])
+    ward.calls.clear()
+    ward.treat([running("v0")])
+    assert (ward.calls, ward.probes) == ([["v0"]], [])
+    assert ward.recovery.breaker.failures == 0
+
+
+def test_without_a_canary_and_an_answer_it_is_a_doubt_that_an_answer_dispels() -> None:
+    ward = Ward(any_of({"v0", "v1"}), canary=None)
+    ward.treat([running("v0"), running("v1")])
+    assert (ward.recovery.breaker.failures, ward.recovery.breaker.suspects) == (0, True)
+    ward.treat([running("v0"), running("v2")])
+    assert not ward.recovery.breaker.suspects
+
+
+@given(st.data(), st.integers(2, 40))
+def test_without_a_canary_every_good_input_is_found_among_any_number_of_bad_ones(
+    data: st.DataObject, size: int
+) -> None:
+    good = data.draw(st.integers(0, size - 1))
+    ward = Ward(lambda values: None if values == [f"v{good}"] else ValueError(), canary=None)
+    ward.treat([running(f"v{n}") for n in range(size)])
+    assert [n for n in range(size) if ward.said(f"v{n}").error is None] == [good]
+    assert len(ward.calls) <= 2 * size - 1
+
+
+def test_without_retry_a_batch_that_fails_fails_whole_and_its_inputs_run_once() -> None:
+    ward = Ward(any_of({"v0"}), retry=False)
     ward.treat([running(f"v{n}") for n in range(8)])
     assert (len(ward.calls), ward.probes) == (1, ["good"])
+    assert all(isinstance(ward.said(f"v{n}").error, ModelFailed) for n in range(8))
     assert len(ward.incidents) == 1
-    assert ward.recovery.breaker.failures == 1
-    assert ward.recovery.witness is None, "it may be the witness that has gone bad"
-
-
-def test_without_a_witness_an_answer_speaks_for_the_model() -> None:
-    ward = Ward(any_of({"v0"}), witness=None)
-    ward.treat([running("v0"), running("v1")])
-    assert ward.recovery.breaker.failures == 0
-    assert ward.recovery.witness == (1.0, "v1", {})
-    ward.treat([running("v0")])
-    assert ward.probes == ["v1"]
     assert ward.recovery.breaker.failures == 0
 
 
-def test_without_a_witness_and_an_answer_it_counts_against_the_model() -> None:
-    ward = Ward(any_of({"v0", "v1"}), witness=None)
-    ward.treat([running("v0"), running("v1")])
-    assert ward.recovery.breaker.failures == 1
-
-
-def test_the_first_of_the_fast_answers_becomes_the_witness() -> None:
-    ward = Ward(lambda values: None, witness=None)
-    for value, seconds in (("a", 3.0), ("b", 2.0), ("c", 2.0), ("d", 5.0)):
-        ward.recovery.succeeded(running(value).payload, seconds)
-    assert ward.recovery.witness == (2.0, "b", {})
-    ward.recovery.forget()
-    assert ward.recovery.witness is None
+def test_without_retry_what_does_not_fit_is_a_lack_of_memory_and_lowers_the_limit() -> None:
+    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None, canary=None, retry=False)
+    ward.treat([running(f"v{n}") for n in range(8)])
+    assert all(isinstance(ward.said(f"v{n}").error, Unavailable) for n in range(8))
+    assert ward.recovery.ceiling.lowest(ward.now) == 8 * 2 / 2
+    assert len(ward.calls) == 1
+    ward = Ward(lambda values: MemoryError(), canary=None, retry=False)
+    ward.treat([running("v")])
+    assert isinstance(ward.said("v").error, RequestTooLarge)
 
 
 def test_what_was_too_many_teaches_the_ceiling_and_what_is_too_large_alone_does_not() -> None:
@@ -241,7 +270,7 @@ def test_what_was_too_many_teaches_the_ceiling_and_what_is_too_large_alone_does_
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_memory_that_not_even_the_witness_gets_is_not_the_clients_fault(size: int) -> None:
+def test_memory_that_not_even_the_canary_gets_is_not_the_clients_fault(size: int) -> None:
     ward = Ward(lambda values: MemoryError())
     ward.treat([running(f"v{n}") for n in range(size)])
     for n in range(size):
@@ -270,7 +299,7 @@ def test_every_forward_that_lacked_memory_gives_it_back_thoroughly_only_now_and_
     assert searches[3:] == [True]
 
 
-def test_a_part_without_one_output_per_input_is_not_split_further() -> None:
+def test_after_a_wrong_number_of_outputs_every_item_runs_alone() -> None:
     def bad(values: Sequence[str]) -> BaseException | None:
         if len(values) == 4:
             return ValueError()
@@ -278,8 +307,13 @@ def test_a_part_without_one_output_per_input_is_not_split_further() -> None:
 
     ward = Ward(bad)
     ward.treat([running(value) for value in "abcd"])
-    assert ward.calls == [list("abcd"), list("ab"), list("cd")]
-    assert [ward.said(value).value for value in "abcd"] == [None, None, "C", "D"]
+    assert ward.calls == [list("abcd"), list("ab"), ["c"], ["d"], ["a"], ["b"]]
+    assert [ward.said(value).value for value in "abcd"] == [None, "B", "C", "D"]
+
+    ward = Ward(lambda values: WrongNumberOfOutputs() if "a" in values else None)
+    ward.treat([running(value) for value in "abcd"])
+    assert ward.calls == [list("abcd"), *map(list, "abcd")]
+    assert [ward.said(value).value for value in "abcd"] == [None, "B", "C", "D"]
 
 
 def test_a_device_that_is_lost_meanwhile_is_not_asked_again() -> None:
@@ -296,21 +330,23 @@ def test_a_device_that_is_lost_meanwhile_is_not_asked_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "witness", "failures"),
+    ("error", "canary", "failures", "suspects"),
     [
-        (ValueError(), "good", 0),
-        (ValueError(), "bad", 1),
-        (ValueError(), None, 1),
-        (ModelFailed("of a finish"), "bad", 1),
-        (InputRejected("a verdict"), "bad", 0),
+        (ValueError(), "good", 0, False),
+        (ValueError(), "bad", 1, True),
+        (ValueError(), None, 0, True),
+        (ModelFailed("of a finish"), "bad", 1, True),
+        (InputRejected("a verdict"), "bad", 0, False),
     ],
 )
-def test_what_is_held_against_the_model(error: Exception, witness: str | None, failures: int) -> None:
-    ward = Ward(any_of({"bad"}), witness)
-    ward.recovery.judge(error)
-    assert ward.recovery.breaker.failures == failures
-    ward.recovery.succeeded(running("v").payload, 1.0)
-    assert ward.recovery.breaker.failures == 0, "an answer makes up for it"
+def test_what_is_held_against_the_model(
+    error: Exception, canary: str | None, failures: int, suspects: bool
+) -> None:
+    ward = Ward(any_of({"bad"}), canary)
+    ward.recovery.judge(error, running("v").payload)
+    assert (ward.recovery.breaker.failures, ward.recovery.breaker.suspects) == (failures, suspects)
+    ward.recovery.succeeded()
+    assert not ward.recovery.breaker.suspects, "an answer makes up for it"
 
 
 def test_a_batch_that_nobody_waits_for_is_not_run_again() -> None:
@@ -326,7 +362,7 @@ def test_a_batch_that_nobody_waits_for_is_not_run_again() -> None:
 def test_a_case_hands_out_parts_until_each_culprit_stands_alone() -> None:
     items = [running(value) for value in "abcd"]
     case = Case(Call(items, 0.0, 1.0, error=ValueError()))
-    assert case.needs_witness
+    assert case.needs_canary
     case.hear(True)
     runs: Counter[str] = Counter()
     while part := case.next(1.0):
@@ -389,6 +425,78 @@ def test_every_failure_on_probation_doubles_the_pause() -> None:
         breaker.failed(now, "ValueError")
     assert pauses == [5, 10, 20, 40, 60, 60]
     assert breaker.reason == "the model has failed 11 times in a row, last with ValueError"
+
+
+def doubt(breaker: Breaker, now: float, *inputs: int) -> None:
+    breaker.doubted(now, "ValueError", set(inputs))
+
+
+def test_without_a_canary_it_opens_after_ten_seconds_of_different_inputs_without_an_answer() -> None:
+    breaker = Breaker()
+    for second in range(10):
+        doubt(breaker, float(second), second)
+        assert breaker.gate(second) is Gate.CLOSED, "others may yet be answered"
+    doubt(breaker, 10.0, 10)
+    assert breaker.gate(10.0) is Gate.OPEN
+    assert breaker.pause(10.0) == 1
+    assert breaker.reason == "no request was answered for 10 s, and the last failed with ValueError"
+    assert not breaker.refuses_admitted(10.0), "what was admitted still runs"
+
+
+def test_without_a_canary_one_bad_input_sent_over_and_over_opens_nothing() -> None:
+    breaker = Breaker()
+    for second in range(1000):
+        doubt(breaker, float(second), 1, 2)
+        doubt(breaker, float(second), 3, 4)
+    assert breaker.gate(1000.0) is Gate.CLOSED
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=60), st.floats(0, 9.9))
+def test_without_a_canary_an_answer_every_ten_seconds_keeps_it_closed(
+    events: list[tuple[float, bool]], phase: float
+) -> None:
+    breaker, now, answered = Breaker(), 0.0, -phase
+    for number, (wait, _) in enumerate(events):
+        now += wait
+        while answered + 9.9 <= now:
+            answered += 9.9
+            breaker.succeeded()
+        doubt(breaker, now, number)
+        assert breaker.gate(now) is Gate.CLOSED
+
+
+def test_in_doubt_a_client_that_comes_back_after_its_pause_is_let_in_and_one_answer_closes_it() -> None:
+    breaker, now, pauses = Breaker(), 0.0, []
+    for number in range(1000):  # bad inputs alone, all the time
+        now += 0.1
+        was = breaker.gate(now)
+        doubt(breaker, now, number)
+        if breaker.gate(now) is Gate.OPEN and was is not Gate.OPEN:
+            pause = breaker.pause(now)
+            pauses.append(pause)
+            for later in (pause, pause + 1.9):
+                assert breaker.admits(now + later, 100), "also beside others"
+                doubt(trial := copy.deepcopy(breaker), now + later, 1000 + number)
+                assert trial.admits(now + later, 100), "and whatever fails first"
+    assert pauses == pytest.approx([1, 2, 4, *[8] * 8])
+    breaker.succeeded()
+    assert breaker.gate(now) is Gate.CLOSED
+    assert not breaker.suspects
+
+
+def test_a_crash_counts_also_in_doubt_and_then_one_request_at_a_time_is_let_in() -> None:
+    breaker = Breaker()
+    for second in (*range(5), 10):
+        doubt(breaker, float(second), second)
+    assert breaker.in_doubt
+    for _ in range(5):
+        breaker.failed(10.5, "a crash of its thread")
+    assert not breaker.in_doubt
+    assert breaker.pause(10.5) == 5
+    assert breaker.refuses_admitted(10.5)
+    assert not breaker.admits(16.0, 1)
+    doubt(breaker, 16.0, 99)
+    assert breaker.admits(16.0, 0), "a bad input is no crash"
 
 
 @given(EVENTS)
