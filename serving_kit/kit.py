@@ -237,6 +237,7 @@ def serve(
     shortcuts: bool = True,
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
+    require_token: bool = False,
     **knobs: Any,
 ) -> Server:
     """Serve a model from this process, on a thread of its own. Returns when it can answer.
@@ -260,6 +261,9 @@ def serve(
             from the pipeline's by rounding (1e-6).
         allowed_hosts: Names by which a proxy may ask for it, besides localhost: "models.example.org".
         allowed_origins: Sites whose pages may ask it, and get CORS: "https://example.org".
+        require_token: Every request but /live and /health needs the token, also from this machine. For
+            behind a proxy on this machine that rewrites `Host`: without it, whoever the proxy lets in
+            is taken for a client of this machine.
         **knobs: Any of `Settings`, such as max_batch_size=8.
 
     Raises:
@@ -289,7 +293,13 @@ def serve(
             old.stop()  # its thread has died: what it holds is ours to free
             old = None
         token = old.token if old is not None else secrets.token_urlsafe(16)
-        rule = access(token, host, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
+        rule = access(
+            token,
+            host,
+            allowed_hosts=allowed_hosts,
+            allowed_origins=allowed_origins,
+            require_token=require_token,
+        )
         if old is not None and old.asked == (host, port):
             server = _take_over(old, load(), rule)
         else:
@@ -301,6 +311,7 @@ def serve(
                 raise
     given = {"task": task, "port": port, "host": host, "name": name, "device": device}
     given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts}
+    given["require_token"] = require_token
     usual = inspect.signature(serve).parameters
     server._model_code = _as_called(model)
     server._named = {key: value for key, value in given.items() if value != usual[key].default}
@@ -389,11 +400,14 @@ def create_app(
     public: bool = False,
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
+    require_token: bool = False,
     **knobs: Any,
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
 
-    The model is loaded when the app starts, once.
+    The model is loaded when the app starts, once. An app that is mounted in another one starts with
+    that one's lifespan, which has to pass it on: `async with app.router.lifespan_context(app): yield`.
+    Until then every route but /live answers 503, with this as its reason.
 
     Args:
         model: As for `serve()`; so are task, name, device and pipeline_kwargs.
@@ -408,10 +422,11 @@ def create_app(
         public: Ask for no token, whoever comes by whatever name: for behind a gateway that decides.
         allowed_hosts: As for `serve()`.
         allowed_origins: As for `serve()`.
+        require_token: As for `serve()`.
         **knobs: Any of `Settings`.
 
     Raises:
-        SettingError: a knob has an unknown name or a bad value.
+        SettingError: a knob has an unknown name or a bad value, or a token is required and there is none.
     """
     refuse_unknown(knobs)
     settings = Settings(**knobs)
@@ -427,6 +442,7 @@ def create_app(
         allowed_hosts=allowed_hosts,
         allowed_origins=allowed_origins,
         public=public,
+        require_token=require_token,
     )
     return build_app(make_service, access=rule)
 

@@ -20,6 +20,7 @@ _REFUSALS: Mapping[int, str] = {
     403: "A page from another site, a name that this server does not know, or no token to be had.",
     408: "The body did not arrive in time.",
     413: "The body or its list of inputs exceeds a bound; the text names it.",
+    415: "The body is a form that this task does not take; the text says how to send it.",
     422: "The model cannot take this input, or a setting cannot take this value.",
     429: "Overloaded, where overload_status is 429.",
     500: "The model failed; the owner finds the details under the incident id.",
@@ -50,12 +51,13 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                         "required": True,
                         "content": {
                             **_raw_content(task),
+                            **_form_content(task),
                             "application/json": {"schema": {"$ref": "#/components/schemas/Inputs"}},
                         },
                     },
                     "responses": {
                         "200": _json_answer("What the pipeline returns.", {}),
-                        **_refused(400, 401, 403, 408, 413, 422, 429, 500, 503, 504),
+                        **_refused(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504),
                     },
                 },
                 "get": _get("The live panel as a page.", _text("text/html")),
@@ -161,9 +163,33 @@ def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:
 
 def _raw_content(task: str) -> dict[str, Any]:
     """What `POST /` takes beside JSON: a text, or for images and sound the bytes of a file."""
-    if task in TASKS and TASKS[task].media is not None:
+    if _takes_media(task):
         return {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {"text/plain": {"schema": {"type": "string", "minLength": 1}}}
+
+
+def _form_content(task: str) -> dict[str, Any]:
+    """Forms, whose fields are the members of the JSON object."""
+    text: dict[str, Any] = {"type": "string", "minLength": 1}
+    one = {"type": "string", "format": "binary"} if _takes_media(task) else text
+    members = {"parameters": {"type": "string", "contentMediaType": "application/json"}}
+
+    def form(one: dict[str, Any]) -> dict[str, Any]:
+        inputs = {"oneOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        return {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "additionalProperties": False,
+                "properties": {"inputs": inputs, **members},
+            }
+        }
+
+    return {"multipart/form-data": form(one), "application/x-www-form-urlencoded": form(text)}
+
+
+def _takes_media(task: str) -> bool:
+    return task in TASKS and TASKS[task].media is not None
 
 
 def _text(kind: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Settings:
         """`timeout_ms` in seconds."""
         return self.timeout_ms / 1000
 
-    def replace(self, **changes: Any) -> Settings:
+    def replace(self, /, **changes: Any) -> Settings:
         """A copy with some knobs changed; `self` stays as it is.
 
         Raises:
