@@ -21,6 +21,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEAD_S = 15.0
 _MOST_HEAD_BYTES = 2**16  # ten times what proxies and browsers send
+# After a refused head, what still comes is discarded within these bounds: bytes that nobody has read make
+# the system reset the connection, and the client may then lose the refusal.
+_LINGER_S, _LINGER_BYTES = 2.0, 2**24
 
 
 class Connection(HttpToolsProtocol):
@@ -30,6 +33,8 @@ class Connection(HttpToolsProtocol):
     _head_bytes = 0  # of the open head, without those that were read together with its beginning
     _heads = 0  # heads that have begun, on this connection
     _head_again = b""
+    _refused = False
+    _discarded_bytes = 0
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -44,6 +49,11 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on; a head that is still open afterwards is measured."""
+        if self._refused:
+            self._discarded_bytes += len(data)
+            if self._discarded_bytes > _LINGER_BYTES:
+                self.transport.close()
+            return
         heads = self._heads
         self._feed(data)
         if not self._in_head:
@@ -113,6 +123,13 @@ class Connection(HttpToolsProtocol):
             self._end(b"408 Request Timeout")
 
     def _end(self, status: bytes) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % status)
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self.transport.write(b"HTTP/1.1 %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % status)
+        self._stop_timer()
+        if getattr(self.cycle, "response_complete", True) and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._timer = self.loop.call_later(_LINGER_S, self.transport.close)
+        else:
             self.transport.close()
