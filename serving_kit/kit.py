@@ -405,9 +405,18 @@ def create_app(
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
 
-    The model is loaded when the app starts, once. An app that is mounted in another one starts with
-    that one's lifespan, which has to pass it on: `async with app.router.lifespan_context(app): yield`.
-    Until then every route but /live answers 503, with this as its reason.
+    The model is loaded when the app starts, once. An app that is mounted in another one starts with the
+    lifespan of that one, which has to pass it on; until then every route but /live answers 503 and says so:
+
+        model_app = serving_kit.create_app()
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app):
+            async with model_app.router.lifespan_context(model_app):
+                yield
+
+        app = FastAPI(lifespan=lifespan)
+        app.mount("/model", model_app)
 
     Args:
         model: As for `serve()`; so are task, name, device and pipeline_kwargs.

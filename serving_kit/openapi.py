@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from serving_kit.metrics import HISTORY_S
 from serving_kit.settings import KNOBS, Knob, Settings
 from serving_kit.tasks import TASKS
 
@@ -44,7 +45,7 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                             "name": "X-Request-Timeout-Ms",
                             "in": "header",
                             "schema": {"type": "number", "exclusiveMinimum": 0},
-                            "description": "Give up after this long; never later than timeout_ms.",
+                            "description": "Give up after this long, or timeout_ms; plain decimal digits.",
                         }
                     ],
                     "requestBody": {
@@ -75,7 +76,19 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
             },
             "/live": {"get": _get("Whether the process runs.", _object())},
             "/info": {"get": _get("Model, task, device, version.", _object())},
-            "/stats": {"get": _get("Everything that the panel shows.", _object())},
+            "/stats": {
+                "get": {
+                    **_get("Everything that the panel shows.", _object()),
+                    "parameters": [
+                        {
+                            "name": "series",
+                            "in": "query",
+                            "schema": {"type": "integer", "minimum": 0},
+                            "description": f"Add an entry for each of so many seconds, {HISTORY_S} at most.",
+                        }
+                    ],
+                }
+            },
             "/metrics": {"get": _get("Prometheus metrics.", _METRICS)},
             "/settings": {
                 "get": _get("The knobs in force.", _settings_content()),
