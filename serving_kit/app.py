@@ -80,7 +80,9 @@ _PROCESS = secrets.token_hex(4).encode()
 _numbers = itertools.count(1)
 _PLAIN = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _DECIMAL = re.compile(rb"[0-9]{1,15}(\.[0-9]{1,15})?")
-_MOST_SETTINGS_BYTES = 2**16  # all knobs as JSON are 1 KiB; not max_body_bytes, which a client can set to 1
+# Bounds of their own, because max_body_bytes=1 or timeout_ms=1 would refuse every later change, too.
+_MOST_SETTINGS_BYTES = 2**16  # all knobs as JSON are 1 KiB
+_SETTINGS_BODY_S = 10.0
 _BODY_READ = "serving_kit.body_read"  # in the scope of a request whose body has been read to its end
 # After an answer that is given before the body was read, the rest is read and discarded within these
 # bounds (nginx: lingering_time and lingering_timeout, 30 and 5 s).
@@ -92,8 +94,8 @@ _LOST_BODY = (
     "(Upgrade); start uvicorn with --http h11, or let the client ask for HTTP/1.1 only"
 )
 _NOT_STARTED = (
-    "this app was never started, because the app that it is mounted in does not run its lifespan; pass it "
-    "on: async with model_app.router.lifespan_context(model_app), in the lifespan of the outer app"
+    "this app was never started, because its lifespan was not run; an app that it is mounted in has to pass "
+    "its own on: async with model_app.router.lifespan_context(model_app)"
 )
 _LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
 _PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
@@ -176,9 +178,9 @@ class _Predict:
         with service.observe() as ticket:
             ticket.limit(_asked_timeout(headers))
             with _Attention(receive, ticket.deadline - service.clock()) as attention:
-                body = await _read_body(scope, receive, service.max_body_bytes, ticket.hold)
+                body = await _read_body(scope, headers, receive, service.max_body_bytes, ticket.hold)
                 attention.body_is_here()
-                if not body and b"upgrade" in headers:
+                if not body and b"upgrade" in headers and _has_body(headers):
                     raise MalformedRequest(_LOST_BODY)
                 content_type = headers.get(b"content-type", b"").decode("latin-1")
                 call = formats.decode(body, content_type, service.task)
@@ -204,13 +206,13 @@ async def _encoded(call: formats.Call, answers: list[Any], task: str) -> bytes:
 
 async def _read_body(
     scope: Scope,
+    headers: Headers,
     receive: Receive,
     limit: int,
     hold: Callable[[int], None] | None = None,
     knob: str = " (max_body_bytes)",
 ) -> bytes:
     """The body, of at most `limit` bytes, whatever its headers say; `hold` hears of every chunk."""
-    headers = _headers(scope)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise MalformedRequest("compressed bodies are not accepted; send the body as it is")
     announced = headers.get(b"content-length", b"")[:20]
@@ -383,14 +385,15 @@ async def change_settings(request: Request) -> Response:
     access: Access = request.app.state.access
     if access.token is None:
         raise HTTPException(403, "this server was started without a token, so its settings cannot be changed")
-    if not access.holds_token(_headers(request.scope)):
+    headers = _headers(request.scope)
+    if not access.holds_token(headers):
         raise HTTPException(
             401,
             "changing settings needs the token that the panel shows: Authorization: Bearer <token>",
             {"www-authenticate": "Bearer"},
         )
-    with _Attention(request.receive, service.settings.timeout_s):
-        body = await _read_body(request.scope, request.receive, _MOST_SETTINGS_BYTES, knob="")
+    with _Attention(request.receive, _SETTINGS_BODY_S):
+        body = await _read_body(request.scope, headers, request.receive, _MOST_SETTINGS_BYTES, knob="")
     changes = formats.parse_json(body)
     if not isinstance(changes, dict):
         raise MalformedRequest('settings must be an object: {"max_batch_size": 8}')

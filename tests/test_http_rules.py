@@ -151,6 +151,21 @@ def test_the_bound_of_bodies_does_not_bind_settings(server: Any) -> None:
     assert "max_body_bytes" not in refused.json()["error"], "raising that knob would not help"
 
 
+def test_the_timeout_of_requests_does_not_bind_settings(server: Any) -> None:
+    server.tune(timeout_ms=1)
+    body = b'{"timeout_ms": 5000}'
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as raw:
+        raw.sendall(
+            b"PATCH /settings HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n"
+            b"Content-Length: %d\r\n\r\n" % (server.token.encode(), len(body))
+        )
+        for _ in range(10):  # each takes more than a millisecond
+            assert httpx.get(f"{server.url}/live").status_code == 200
+        raw.sendall(body)
+        assert raw.makefile("rb").readline().startswith(b"HTTP/1.1 200 ")
+    assert server.settings.timeout_ms == 5000
+
+
 @pytest.mark.parametrize("name", ["self", "changes", "", "__init__", "max_wait_s", "by"])
 def test_what_is_no_setting_is_refused_by_name(server: Any, name: str) -> None:
     before = server.settings
