@@ -21,6 +21,7 @@ Not here: which parameters exist (`tasks.py`), HTTP (`app.py`).
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _IGNORED = frozenset({"options"})
 _MEMBERS = frozenset({"inputs", "parameters"}) | _IGNORED
 _URLENCODED_STARTS = tuple(f"{name}=".encode() for name in sorted(_MEMBERS))
 _MOST_FIELDS = 1000  # of a form; their sizes are bounded by that of the body
+_QUIET = logging.Logger(__name__, logging.CRITICAL)  # of a bad form, only its client hears
 _TEXT_COMMANDS = 'send the text itself, curl -d "..." URL, or as a field, curl -F "inputs=..." URL'
 _FILE_COMMANDS = "send the file itself, curl --data-binary @FILE URL, or in a form, curl -F inputs=@FILE URL"
 
@@ -202,6 +204,7 @@ def _read_multipart(body: bytes, content_type: str, media: bool) -> dict[str, An
     parts = _Parts()
     try:
         parser = MultipartParser(options.get(b"boundary", b""), parts.callbacks())
+        parser.logger = _QUIET
         parser.write(body)
         parser.finalize()
     except FormParserError:

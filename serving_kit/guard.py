@@ -24,7 +24,7 @@ import hmac
 import ipaddress
 import os
 import sys
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
@@ -192,28 +192,27 @@ def access(
         raise SettingError("require_token and public exclude each other")
     if require_token and not token:
         raise SettingError("require_token needs a token: token=..., or the variable SERVING_KIT_TOKEN")
-    names, proxied = proxy_names()
+    names, proxied = _proxy_names()
     return Access(
         token,
         private=require_token or not is_loopback(host),
         public=public,
-        hosts=names | {_name(each.encode()) for each in _each(allowed_hosts)},
+        hosts=names | {_allowed(each) for each in _each(allowed_hosts)},
         proxied=proxied,
         origins=frozenset(_each(allowed_origins)),
     )
 
 
-def proxy_names(
-    environ: Mapping[str, str] = os.environ, modules: Container[str] = sys.modules
-) -> tuple[frozenset[str], bool]:
+def _proxy_names() -> tuple[frozenset[str], bool]:
     """By which names a browser asks for a port of this machine, where a hosted notebook passes it through.
 
     Returns:
         The names that the environment says, with "{port}" for the port; and whether it says that there is
         a proxy but not by which name.
     """
+    environ = os.environ
     names: set[str] = set()
-    unknown = "COLAB_RELEASE_TAG" in environ or "google.colab" in modules
+    unknown = "COLAB_RELEASE_TAG" in environ or "google.colab" in sys.modules
     if "CODESPACE_NAME" in environ:
         domain = environ.get("GITHUB_CODESPACES_PORT_FORWARDING_DOMAIN") or "app.github.dev"
         names.add(f"{environ['CODESPACE_NAME']}-{{port}}.{domain}".lower())
@@ -243,6 +242,11 @@ def _is_ours(name: str) -> bool:
     except ValueError:
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _allowed(host: str) -> str:
+    """The name in what an owner writes: with or without a port, an IPv6 address also without brackets."""
+    return host.lower() if host.count(":") > 1 and "[" not in host else _name(host.encode())
 
 
 def _each(names: str | Iterable[str]) -> Iterable[str]:

@@ -124,6 +124,13 @@ def test_multipart_bodies_are_read_strictly_and_within_bounds(server: Any, body:
     assert httpx.post(server.url, content=body, headers=headers).status_code == status
 
 
+def test_a_bad_form_leaves_no_line_in_the_owners_log(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    for body in (b"rubbish", b"--x\r\nA b: c\r\n", part("inputs", b"a") + b"--x--\r\nmore"):
+        httpx.post(server.url, content=body, headers=headers)
+    assert [record for record in caplog.records if "multipart" in record.name] == []
+
+
 def test_the_contract_names_forms_and_their_refusal(server: Any) -> None:
     post = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/"]["post"]
     assert {"multipart/form-data", FORM} <= post["requestBody"]["content"].keys()

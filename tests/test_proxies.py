@@ -116,6 +116,11 @@ def test_where_the_proxys_name_is_known_no_other_is_taken(
     assert asked_by(server, "fluffy-1.app.github.dev") == 403, "the name of another port"
 
 
+@pytest.mark.parametrize("allowed", ["fd00::1", "[fd00::1]", "[FD00::1]:8000"])
+def test_an_allowed_address_may_be_of_ipv6(serve: Serve, allowed: str) -> None:
+    assert asked_by(serve(shout, allowed_hosts=[allowed]), "[fd00::1]:8000") == 200
+
+
 def test_a_single_allowed_name_is_a_name_and_not_its_letters(serve: Serve) -> None:
     server = serve(shout, allowed_hosts="Models.example:443", allowed_origins="https://app.example")
     assert asked_by(server, "models.example") == 200
