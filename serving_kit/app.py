@@ -19,6 +19,7 @@ import itertools
 import math
 import re
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
@@ -34,7 +35,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving_kit import __version__, formats, log
@@ -50,6 +51,7 @@ from serving_kit.errors import (
     SettingError,
     SlowRequest,
     Unavailable,
+    UnsupportedMediaType,
 )
 from serving_kit.guard import Access, Headers
 from serving_kit.metrics import HISTORY_S, gauge
@@ -62,6 +64,7 @@ STATUS: dict[type[ServingError], tuple[int, str]] = {
     MalformedRequest: (400, "malformed_request"),
     RequestTooLarge: (413, "request_too_large"),
     SlowRequest: (408, "slow_request"),
+    UnsupportedMediaType: (415, "unsupported_media_type"),
     InputRejected: (422, "input_rejected"),
     Overloaded: (503, "overloaded"),  # or 429: the setting overload_status
     Unavailable: (503, "unavailable"),
@@ -77,6 +80,24 @@ _PROCESS = secrets.token_hex(4).encode()
 _numbers = itertools.count(1)
 _PLAIN = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _REQUEST_ID = "serving_kit.request_id"  # in the scope
+_DECIMAL = re.compile(rb"[0-9]{1,15}(\.[0-9]{1,15})?")
+# Bounds of their own, because max_body_bytes=1 or timeout_ms=1 would refuse every later change, too.
+_MOST_SETTINGS_BYTES = 2**16  # all knobs as JSON are 1 KiB
+_SETTINGS_BODY_S = 10.0
+_BODY_READ = "serving_kit.body_read"  # in the scope of a request whose body has been read to its end
+# After an answer that is given before the body was read, the rest is read and discarded within these
+# bounds (nginx: lingering_time and lingering_timeout, 30 and 5 s).
+_LINGER_BYTES = 2**27
+_LINGER_S, _LINGER_IDLE_S = 30.0, 5.0
+_LINGER_LOOK_S = 0.25  # how soon that ends when the server is being stopped
+_LOST_BODY = (
+    "the web server in front of this app has lost the body, because the request asks for another protocol "
+    "(Upgrade); start uvicorn with --http h11, or let the client ask for HTTP/1.1 only"
+)
+_NOT_STARTED = (
+    "this app was never started, because its lifespan was not run; an app that it is mounted in has to pass "
+    "its own on: async with model_app.router.lifespan_context(model_app)"
+)
 _LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
 _PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
 _PAGE = Path(__file__).parent / "panel.html"
@@ -105,6 +126,7 @@ def build_app(
         made = service if isinstance(service, Service) else await asyncio.to_thread(service)
         await made.start()
         app.state.service = made
+        app.state.sends_request_id = not _in_ray_replica()
         try:
             yield
         finally:
@@ -163,8 +185,10 @@ class _Predict:
         with service.observe(scope.get(_REQUEST_ID, "")) as ticket:
             ticket.limit(_asked_timeout(headers))
             with _Attention(receive, ticket.deadline - service.clock(), ticket.limit_text) as attention:
-                body = await _read_body(service, headers, receive, ticket.hold)
+                body = await _read_body(scope, headers, receive, service.max_body_bytes, ticket.hold)
                 attention.body_is_here()
+                if not body and b"upgrade" in headers and _has_body(headers):
+                    raise MalformedRequest(_LOST_BODY)
                 content_type = headers.get(b"content-type", b"").decode("latin-1")
                 call = formats.decode(body, content_type, service.task)
                 answers = await service.predict(call.values, call.parameters, ticket)
@@ -188,17 +212,19 @@ async def _encoded(call: formats.Call, answers: list[Any], task: str) -> bytes:
 
 
 async def _read_body(
-    service: Service, headers: Headers, receive: Receive, hold: Callable[[int], None] | None = None
+    scope: Scope,
+    headers: Headers,
+    receive: Receive,
+    limit: int,
+    hold: Callable[[int], None] | None = None,
+    knob: str = " (max_body_bytes)",
 ) -> bytes:
-    """The body, within its bound of size, whatever its headers say; `hold` hears of every chunk."""
-    limit = service.max_body_bytes
+    """The body, of at most `limit` bytes, whatever its headers say; `hold` hears of every chunk."""
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise MalformedRequest("compressed bodies are not accepted; send the body as it is")
     announced = headers.get(b"content-length", b"")[:20]
     if announced.isdigit() and int(announced) > limit:
-        raise RequestTooLarge(
-            f"the body has {announced.decode()} bytes; the most is {limit} (max_body_bytes)"
-        )
+        raise RequestTooLarge(f"the body has {announced.decode()} bytes; the most is {limit}{knob}")
     chunks, size, more = [], 0, True
     while more:
         message = await receive()
@@ -207,11 +233,12 @@ async def _read_body(
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            raise RequestTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
+            raise RequestTooLarge(f"the body is larger than {limit} bytes{knob}")
         if hold is not None:
             hold(len(chunk))
         chunks.append(chunk)
         more = message.get("more_body", False)
+    scope[_BODY_READ] = True
     return b"".join(chunks)
 
 
@@ -291,12 +318,11 @@ def _asked_timeout(headers: Headers) -> float | None:
     asked = headers.get(b"x-request-timeout-ms")
     if asked is None:
         return None
-    try:
-        milliseconds = float(asked)
-    except ValueError:
-        milliseconds = math.nan
-    if not 0 < milliseconds < math.inf:
-        raise MalformedRequest("X-Request-Timeout-Ms must be a number of milliseconds above 0")
+    milliseconds = float(asked) if _DECIMAL.fullmatch(asked) else 0.0
+    if milliseconds <= 0:
+        raise MalformedRequest(
+            "X-Request-Timeout-Ms must be a number of milliseconds above 0 in plain decimal digits, like 250"
+        )
     return milliseconds / 1000
 
 
@@ -316,7 +342,8 @@ async def script(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """GET /health: 200 when the model can answer, else 503 with the reason."""
-    state, reason = request.app.state.service.state()
+    service: Service | None = getattr(request.app.state, "service", None)
+    state, reason = ("stopped", _NOT_STARTED) if service is None else service.state()
     status = 200 if state == "ready" else 503
     return _json({"status": state, **({"reason": reason} if reason else {})}, status)
 
@@ -377,9 +404,9 @@ async def change_settings(request: Request) -> Response:
     """PATCH /settings: change some knobs, all or none; answers with all of them."""
     service: Service = request.app.state.service
     _owner_only(request, "changing settings")
-    timeout_s = service.settings.timeout_s
-    with _Attention(request.receive, timeout_s, f"{timeout_s * 1e3:,.6g} ms (timeout_ms)"):
-        body = await _read_body(service, _headers(request.scope), request.receive)
+    headers = _headers(request.scope)
+    with _Attention(request.receive, _SETTINGS_BODY_S, f"{_SETTINGS_BODY_S:g} s"):
+        body = await _read_body(request.scope, headers, request.receive, _MOST_SETTINGS_BYTES, knob="")
     changes = formats.parse_json(body)
     if not isinstance(changes, dict):
         raise MalformedRequest('settings must be an object: {"max_batch_size": 8}')
@@ -448,28 +475,39 @@ class _Front:
         scope[_REQUEST_ID] = request_id.decode()
         method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         started, status, arrived = False, 499, time.monotonic()
+        state = scope["app"].state
+        sends_id = getattr(state, "sends_request_id", True)
 
         async def send_with_id(message: Message) -> None:
             nonlocal started, status
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-                message["headers"].append((b"x-request-id", request_id))
+                if sends_id:
+                    message["headers"].append((b"x-request-id", request_id))
             await send(message)
 
         try:
+            if scope["http_version"] == "1.1" and not _has_one_host(scope, headers):
+                raise MalformedRequest("a request of HTTP/1.1 has exactly one Host header")
             refusal = self.access.refusal(method, path, scope.get("server"), headers)
             if method == "GET" and path == "/" and (pass_ := self._pass(scope)) is not None:
                 await pass_(scope, receive, send_with_id)
             elif refusal is not None:
                 raise HTTPException(refusal.status, refusal.text, refusal.headers)
+            elif not hasattr(state, "service") and path not in ("/live", "/health"):
+                raise Unavailable(_NOT_STARTED)
             elif method == "POST" and path == "/":
                 await predict(scope, receive, send_with_id)  # the router would cost as much as the answer
             else:
                 await self.app(scope, receive, send_with_id)
         except Exception as error:
-            if not started:
-                response = _problem(error, request_id.decode(), scope["app"])
+            if started:
+                return
+            response = _problem(error, request_id.decode(), scope["app"])
+            if _BODY_READ in scope or not _has_body(headers):
                 await response(scope, receive, send_with_id)
+            else:
+                await _answer_early(response, scope, receive, send_with_id)
         finally:
             if self.access_log:
                 log.access(
@@ -493,7 +531,67 @@ class _Front:
 
 async def _raise_again(request: Request, error: Exception) -> Response:
     """Leave 404, 405 and friends to `_Front`, like every other error."""
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        # The router names the methods of the first route of that path, and a path may have several.
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+        error.headers = {"allow": ", ".join(sorted({each for route in routes for each in route.methods}))}
     raise error
+
+
+async def _answer_early(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request whose body has not been read to its end, and discard the rest within bounds.
+
+    Most clients look for the answer only when they have sent everything. If the connection were closed
+    at once, the system would reset it for the bytes that nobody has read, and the answer would be lost.
+    So the answer is complete for the client, and the request ends only when the client has finished.
+    """
+    headers = response.raw_headers
+    if scope["http_version"] in ("1.0", "1.1"):
+        headers = [*headers, (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    await _discard_body(receive, getattr(scope["app"].state, "service", None))
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _discard_body(receive: Receive, service: Service | None) -> None:
+    """Read until the body ends, the client leaves, a bound is reached or the server stops."""
+    loop = asyncio.get_running_loop()
+    last = now = loop.time()
+    end, size, more = now + _LINGER_S, 0, True
+    while more and size < _LINGER_BYTES and now < min(end, last + _LINGER_IDLE_S):
+        if service is not None and service.state()[0] in ("draining", "stopped"):
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_LOOK_S):
+                message = await receive()
+                last = loop.time()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)  # which a disconnect does not have
+        now = loop.time()
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+
+
+def _has_one_host(scope: Scope, headers: Headers) -> bool:
+    """Whether the request says once by which name it asks (RFC 9112, 3.2)."""
+    if len(headers) == len(scope["headers"]):  # no name twice
+        return b"host" in headers
+    return [name for name, _ in scope["headers"]].count(b"host") == 1
+
+
+def _in_ray_replica() -> bool:
+    """Whether Ray Serve runs this app. Its proxy makes the request ids and adds them to the answers."""
+    serve: Any = sys.modules.get("ray.serve")
+    if serve is None:
+        return False
+    try:
+        serve.get_replica_context()
+    except Exception:  # RayServeException: a driver or a task, but no replica
+        return False
+    return True
 
 
 def _problem(error: Exception, request_id: str, app: Any) -> Response:
@@ -507,7 +605,7 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
         if status == 404:
             text = "there is nothing here; POST / asks the model, GET /openapi.json lists the rest"
         elif status == 405:
-            text = f"this route takes {headers.get('Allow', 'another method')}"
+            text = f"this route takes {headers.get('allow', 'another method')}"
     else:
         if not isinstance(error, ServingError):
             failed = ModelFailed(

@@ -47,12 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     host, port = sock.getsockname()[:2]
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     print(f"serving {service.model_name} ({service.task}, {service.device}) at {url}")
-    if is_loopback(options.host):
+    if options.require_token:
+        print(f"everything needs the token: {token}", flush=True)
+    elif is_loopback(options.host):
         print(f"token for PATCH /settings: {token}", flush=True)
     else:
         print(f"other machines can reach it, so everything needs the token: {token}")
         print(f"in a browser: {url}/?token={token}", flush=True)
-    rule = access(token, options.host, allowed_hosts=options.allow_host, allowed_origins=options.allow_origin)
+    rule = access(
+        token,
+        options.host,
+        allowed_hosts=options.allow_host,
+        allowed_origins=options.allow_origin,
+        require_token=options.require_token,
+    )
     app = build_app(service, access=rule, access_log=options.access_log)
     config = uvicorn.Config(
         app,
@@ -100,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask (CORS)"
+    )
+    serve.add_argument(
+        "--require-token", action="store_true", help="every request needs the token, also from this machine"
     )
     serve.add_argument(
         "--live-timeout-s",

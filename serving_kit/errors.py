@@ -3,7 +3,8 @@
     ServingError
     ├── MalformedRequest    the request cannot be read                     (its sender must change it)
     │   ├── RequestTooLarge     more bytes, items, nesting or memory than there may be
-    │   └── SlowRequest         the body did not arrive in time
+    │   ├── SlowRequest         the body did not arrive in time
+    │   └── UnsupportedMediaType  a form, or another kind of body, that this task does not take
     ├── InputRejected       readable, but this model cannot take this input
     ├── Overloaded          refused at the door or dropped while waiting   (try again later)
     │   └── Unavailable         not an overload: loading, draining, stopped, broken
@@ -57,6 +58,10 @@ class RequestTooLarge(MalformedRequest):
 
 class SlowRequest(MalformedRequest):
     """The body did not arrive before the request's own deadline."""
+
+
+class UnsupportedMediaType(MalformedRequest):
+    """The body is of a kind that this task does not take; the text says how to send it."""
 
 
 class InputRejected(ServingError):

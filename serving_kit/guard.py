@@ -28,12 +28,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
+from serving_kit.errors import SettingError
+
 Headers = Mapping[bytes, bytes]  # by name in lower case
 _OPEN = ("/live", "/health")  # for probes, which cannot send a token; they say one word and a reason
 _READING = ("GET", "HEAD")
-# Where notebooks run on one machine and browsers on another, behind a proxy whose name nobody here knows.
-# A page cannot reach that machine's loopback by any name, so there is nothing to rebind.
-_ELSEWHERE = ("JUPYTERHUB_SERVICE_PREFIX", "CODESPACE_NAME", "VSCODE_PROXY_URI", "COLAB_RELEASE_TAG")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +52,19 @@ class Access:
         token: The bearer token; None: nobody has one, so nobody can change settings or ask from outside.
         private: Every request needs the token, also from this machine: it listens to the network.
         public: Nobody is checked: something in front of the server decides who may ask.
-        hosts: Names besides this machine's own by which it may be asked; None: any.
+        hosts: Names besides this machine's own by which it may be asked; "{port}" in one stands for the
+            port at which the connection arrived.
+        proxied: A proxy whose name is not known stands in front: any name is taken if the port beside it
+            in `Host` is not the one at which the connection arrived. A page whose name was rebound to
+            this machine connects to that port itself, and its browser names it.
         origins: Pages that may ask though they come from elsewhere: "https://example.org".
     """
 
     token: str | None = None
     private: bool = False
     public: bool = False
-    hosts: frozenset[str] | None = frozenset()
+    hosts: frozenset[str] = frozenset()
+    proxied: bool = False
     origins: frozenset[str] = frozenset()
 
     def refusal(
@@ -77,7 +81,7 @@ class Access:
         if self.public:
             return None
         here = not self.private and _arrived_here(server)
-        named = not here or self._knows(headers.get(b"host"))
+        named = not here or self._knows(headers.get(b"host"), server)
         if here and named and b"origin" not in headers and b"sec-fetch-site" not in headers:
             return None  # curl, requests and their like, on this machine
         if self.holds_token(headers):
@@ -122,12 +126,14 @@ class Access:
     def _is_token(self, given: bytes) -> bool:
         return self.token is not None and hmac.compare_digest(given, self.token.encode())
 
-    def _knows(self, host: bytes | None) -> bool:
-        """Whether `Host` is a name of this machine. No browser leaves it out."""
-        if host is None or self.hosts is None:
+    def _knows(self, host: bytes | None, server: tuple[str, int | None] | None) -> bool:
+        """Whether `Host` is a name of this machine or of a proxy in front. No browser leaves it out."""
+        if host is None:
             return True
-        name = _name(host)
-        return _is_ours(name) or name in self.hosts
+        name, port = _name(host), server[1] if server else None
+        if _is_ours(name) or name in {each.replace("{port}", str(port)) for each in self.hosts}:
+            return True
+        return self.proxied and bool(name) and _port(host) != port
 
     def _is_foreign(self, method: str, headers: Headers) -> bool:
         """Whether a browser sends this for a page that is not ours."""
@@ -167,15 +173,59 @@ def access(
     allowed_hosts: Iterable[str] = (),
     allowed_origins: Iterable[str] = (),
     public: bool = False,
+    require_token: bool = False,
 ) -> Access:
-    """The rule for a server that listens on `host`: with the token for everything unless that is loopback."""
+    """The rule for a server that listens on `host`.
+
+    Args:
+        token: As in `Access`.
+        host: What it listens on; unless that is loopback, every request needs the token.
+        allowed_hosts: Names by which it may be asked besides localhost; one may be given as a string.
+        allowed_origins: Pages that may ask it; one may be given as a string.
+        public: As in `Access`.
+        require_token: Every request needs the token, wherever it comes from.
+
+    Raises:
+        SettingError: a token is required, but there is none or the server is public.
+    """
+    if require_token and public:
+        raise SettingError("require_token and public exclude each other")
+    if require_token and not token:
+        raise SettingError("require_token needs a token: token=..., or the variable SERVING_KIT_TOKEN")
+    names, proxied = _proxy_names()
     return Access(
         token,
-        private=not is_loopback(host),
+        private=require_token or not is_loopback(host),
         public=public,
-        hosts=None if _browsers_are_elsewhere() else frozenset(each.lower() for each in allowed_hosts),
-        origins=frozenset(allowed_origins),
+        hosts=names | {_allowed(each) for each in _each(allowed_hosts)},
+        proxied=proxied,
+        origins=frozenset(_each(allowed_origins)),
     )
+
+
+def _proxy_names() -> tuple[frozenset[str], bool]:
+    """By which names a browser asks for a port of this machine, where a hosted notebook passes it through.
+
+    Returns:
+        The names that the environment says, with "{port}" for the port; and whether it says that there is
+        a proxy but not by which name.
+    """
+    environ = os.environ
+    names: set[str] = set()
+    unknown = "COLAB_RELEASE_TAG" in environ or "google.colab" in sys.modules
+    if "CODESPACE_NAME" in environ:
+        domain = environ.get("GITHUB_CODESPACES_PORT_FORWARDING_DOMAIN") or "app.github.dev"
+        names.add(f"{environ['CODESPACE_NAME']}-{{port}}.{domain}".lower())
+    addresses = [environ["VSCODE_PROXY_URI"]] if "VSCODE_PROXY_URI" in environ else []
+    if "JUPYTERHUB_SERVICE_PREFIX" in environ:
+        addresses.append(environ.get("JUPYTERHUB_PUBLIC_URL", ""))
+    for address in addresses:
+        host = address.replace("{{port}}", "{port}").partition("://")[2].partition("/")[0]
+        if host:
+            names.add(_name(host.encode()))
+        else:  # a path below the notebook's own address
+            unknown = True
+    return frozenset(names), unknown
 
 
 def is_loopback(host: str) -> bool:
@@ -194,6 +244,15 @@ def _is_ours(name: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+def _allowed(host: str) -> str:
+    """The name in what an owner writes: with or without a port, an IPv6 address also without brackets."""
+    return host.lower() if host.count(":") > 1 and "[" not in host else _name(host.encode())
+
+
+def _each(names: str | Iterable[str]) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names
+
+
 @functools.lru_cache(maxsize=256)
 def _name(host: bytes) -> str:
     """The name in a `Host` header: without the port, in lower case."""
@@ -203,12 +262,14 @@ def _name(host: bytes) -> str:
     return text.partition(":")[0].rstrip(".")
 
 
+def _port(host: bytes) -> int | None:
+    """The port in a `Host` header; without one that of http."""
+    digits = host.rpartition(b"]")[2].partition(b":")[2]
+    return int(digits[:6]) if digits.isdigit() else 80
+
+
 def _arrived_here(server: tuple[str, int | None] | None) -> bool:
     if server is None:
         return False
     name, port = server
     return name.startswith("/") if port is None else _is_ours(name)  # a Unix socket has a path, and no port
-
-
-def _browsers_are_elsewhere() -> bool:
-    return "google.colab" in sys.modules or any(name in os.environ for name in _ELSEWHERE)

@@ -278,6 +278,7 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     live_timeout_s: float | None = None,
+    require_token: bool = False,
     **knobs: Any,
 ) -> Server:
     """Serve a model from this process, on a thread of its own. Returns when it can answer.
@@ -306,6 +307,9 @@ def serve(
         allowed_origins: Sites whose pages may ask it, and get CORS: "https://example.org".
         live_timeout_s: Seconds after which a forward that hangs makes `GET /live` answer 503, so that an
             orchestrator restarts the process; None: never. `GET /health` says so much sooner.
+        require_token: Every request but /live and /health needs the token, also from this machine. For
+            behind a proxy on this machine that rewrites `Host`: without it, whoever the proxy lets in
+            is taken for a client of this machine.
         **knobs: Any of `Settings`, such as max_batch_size=8.
 
     Raises:
@@ -337,7 +341,13 @@ def serve(
             old.stop()  # its thread has died: what it holds is ours to free
             old = None
         token = old.token if old is not None else secrets.token_urlsafe(16)
-        rule = access(token, host, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
+        rule = access(
+            token,
+            host,
+            allowed_hosts=allowed_hosts,
+            allowed_origins=allowed_origins,
+            require_token=require_token,
+        )
         if old is not None and old.asked == (host, port):
             server = _take_over(old, load(), rule)
         else:
@@ -349,7 +359,7 @@ def serve(
                 raise
     given = {"task": task, "port": port, "host": host, "name": name, "device": device}
     given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts, "retry": retry}
-    given |= {"live_timeout_s": live_timeout_s}
+    given |= {"live_timeout_s": live_timeout_s, "require_token": require_token}
     usual = inspect.signature(serve).parameters
     server._model_code = _as_called(model)
     server._named = {key: value for key, value in given.items() if value != usual[key].default}
@@ -442,11 +452,23 @@ def create_app(
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     live_timeout_s: float | None = None,
+    require_token: bool = False,
     **knobs: Any,
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
 
-    The model is loaded when the app starts, once.
+    The model is loaded when the app starts, once. An app that is mounted in another one starts with the
+    lifespan of that one, which has to pass it on; until then every route but /live answers 503 and says so:
+
+        model_app = serving_kit.create_app()
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app):
+            async with model_app.router.lifespan_context(model_app):
+                yield
+
+        app = FastAPI(lifespan=lifespan)
+        app.mount("/model", model_app)
 
     Args:
         model: As for `serve()`; so are task, name, device and pipeline_kwargs.
@@ -463,10 +485,11 @@ def create_app(
         allowed_hosts: As for `serve()`.
         allowed_origins: As for `serve()`.
         live_timeout_s: As for `serve()`.
+        require_token: As for `serve()`.
         **knobs: Any of `Settings`.
 
     Raises:
-        SettingError: a knob has an unknown name or a bad value.
+        SettingError: a knob has an unknown name or a bad value, or a token is required and there is none.
     """
     refuse_unknown(knobs)
     settings = Settings(**knobs)
@@ -483,6 +506,7 @@ def create_app(
         allowed_hosts=allowed_hosts,
         allowed_origins=allowed_origins,
         public=public,
+        require_token=require_token,
     )
     return build_app(make_service, access=rule)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from serving_kit.metrics import HISTORY_S
 from serving_kit.settings import KNOBS, Knob, Settings
 from serving_kit.tasks import TASKS
 
@@ -20,6 +21,7 @@ _REFUSALS: Mapping[int, str] = {
     403: "A page from another site, a name that this server does not know, or no token to be had.",
     408: "The body did not arrive in time.",
     413: "The body or its list of inputs exceeds a bound; the text names it.",
+    415: "The body is a form that this task does not take; the text says how to send it.",
     422: "The model cannot take this input, or a setting cannot take this value.",
     429: "Overloaded, where overload_status is 429.",
     500: "The model failed; the owner finds the details under the incident id.",
@@ -43,19 +45,20 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                             "name": "X-Request-Timeout-Ms",
                             "in": "header",
                             "schema": {"type": "number", "exclusiveMinimum": 0},
-                            "description": "Give up after this long; never later than timeout_ms.",
+                            "description": "Give up after this long, or timeout_ms; plain decimal digits.",
                         }
                     ],
                     "requestBody": {
                         "required": True,
                         "content": {
                             **_raw_content(task),
+                            **_form_content(task),
                             "application/json": {"schema": {"$ref": "#/components/schemas/Inputs"}},
                         },
                     },
                     "responses": {
                         "200": _json_answer("What the pipeline returns.", {}),
-                        **_refused(400, 401, 403, 408, 413, 422, 429, 500, 503, 504),
+                        **_refused(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504),
                     },
                 },
                 "get": _get("The live panel as a page.", _text("text/html")),
@@ -84,7 +87,19 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                 }
             },
             "/info": {"get": _get("Model, task, device, version.", _object())},
-            "/stats": {"get": _get("Everything that the panel shows.", _object())},
+            "/stats": {
+                "get": {
+                    **_get("Everything that the panel shows.", _object()),
+                    "parameters": [
+                        {
+                            "name": "series",
+                            "in": "query",
+                            "schema": {"type": "integer", "minimum": 0},
+                            "description": f"Add an entry for each of so many seconds, {HISTORY_S} at most.",
+                        }
+                    ],
+                }
+            },
             "/metrics": {"get": _get("Prometheus metrics.", _METRICS)},
             "/settings": {
                 "get": _get("The knobs in force.", _settings_content()),
@@ -201,9 +216,33 @@ def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:
 
 def _raw_content(task: str) -> dict[str, Any]:
     """What `POST /` takes beside JSON: a text, or for images and sound the bytes of a file."""
-    if task in TASKS and TASKS[task].media is not None:
+    if _takes_media(task):
         return {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {"text/plain": {"schema": {"type": "string", "minLength": 1}}}
+
+
+def _form_content(task: str) -> dict[str, Any]:
+    """Forms, whose fields are the members of the JSON object."""
+    text: dict[str, Any] = {"type": "string", "minLength": 1}
+    one = {"type": "string", "format": "binary"} if _takes_media(task) else text
+    members = {"parameters": {"type": "string", "contentMediaType": "application/json"}}
+
+    def form(one: dict[str, Any]) -> dict[str, Any]:
+        inputs = {"oneOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        return {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "additionalProperties": False,
+                "properties": {"inputs": inputs, **members},
+            }
+        }
+
+    return {"multipart/form-data": form(one), "application/x-www-form-urlencoded": form(text)}
+
+
+def _takes_media(task: str) -> bool:
+    return task in TASKS and TASKS[task].media is not None
 
 
 def _text(kind: str) -> dict[str, Any]:

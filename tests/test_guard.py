@@ -77,12 +77,14 @@ def test_a_name_that_was_allowed_is_known() -> None:
     assert status(rule, host="other.example") == 403
 
 
-@pytest.mark.parametrize("variable", ["JUPYTERHUB_SERVICE_PREFIX", "CODESPACE_NAME", "VSCODE_PROXY_URI"])
-def test_where_browsers_are_elsewhere_the_proxys_name_is_nobodys_business(
+@pytest.mark.parametrize("variable", ["JUPYTERHUB_SERVICE_PREFIX", "COLAB_RELEASE_TAG", "VSCODE_PROXY_URI"])
+def test_behind_a_proxy_without_a_known_name_any_name_is_taken_that_cannot_have_been_rebound(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "x")
     assert status(access("secret"), host="hub.example") is None
+    assert status(access("secret"), host=f"hub.example:{HERE[1]}") == 403
+    assert status(access("secret"), server=("127.0.0.1", 80), host="hub.example") == 403
     assert status(access("secret"), host="hub.example", origin="https://evil.example") == 403
 
 
