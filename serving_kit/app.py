@@ -350,7 +350,8 @@ async def health(request: Request) -> Response:
 
 async def live(request: Request) -> Response:
     """GET /live: 200 while the process runs; 503 once it must be restarted, where `live_timeout_s` is set."""
-    alive, reason = request.app.state.service.live()
+    service: Service | None = getattr(request.app.state, "service", None)
+    alive, reason = (True, "") if service is None else service.live()
     return _json(
         {"status": "live"} if alive else {"status": "stuck", "reason": reason}, 200 if alive else 503
     )
