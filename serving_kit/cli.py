@@ -31,19 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, or 2 if the server could not start."""
     options = _parser().parse_args(argv)
     try:
-        settings = Settings(
-            **{name: value for name in KNOBS if (value := getattr(options, name)) is not None}
-        )
+        given = {name: value for name in KNOBS if (value := getattr(options, name)) is not None}
+        settings = Settings(**given)
         sock = bind(options.host, options.port)
         print(f"loading {options.model or 'the demo model'}", flush=True)
-        service = Service(load_model(options.model, task=options.task, device=options.device), settings)
+        model = load_model(options.model, task=options.task, device=options.device)
+        service = Service(model, settings, given=given)
     except (SettingError, StartError) as error:
         print(f"serving-kit: {error}", file=sys.stderr)
         return 2
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
     host, port = sock.getsockname()[:2]
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
-    print(f"serving {service.model_name} ({service.task}, {service.device}) at {url}")
+    print(
+        "; ".join(
+            [f"serving {service.model_name} ({service.task}, {service.device}) at {url}", *service.notes]
+        )
+    )
     if is_loopback(options.host):
         print(f"token for PATCH /settings: {token}", flush=True)
     else:

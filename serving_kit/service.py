@@ -12,12 +12,13 @@ Not here: bodies and statuses (`app.py`, `formats.py`), threads (`batching.py`).
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -40,6 +41,7 @@ from serving_kit.settings import Settings
 
 _KEPT_INCIDENTS = 100
 _KEPT_CHANGES = 200
+_LOOK_AT_MODEL_S = 1.0  # between two looks at what a notebook has done to the model
 # A forward that runs this much longer than any client would wait is called stuck.
 _STUCK_FACTOR, _STUCK_AT_LEAST_S = 2, 30.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
@@ -52,6 +54,7 @@ class ServedModel(Model, Protocol):
 
     name: str
     max_batch_size: int | None  # None: any
+    notes: Sequence[str]  # what its owner should know
 
     @property
     def task_name(self) -> str:
@@ -68,6 +71,9 @@ class ServedModel(Model, Protocol):
     @property
     def timings(self) -> Sequence[tuple[int, int, float]]:
         """Batches that it has run already: padded tokens, tokens, seconds."""
+
+    def changed(self) -> str:
+        """What was done to it that answers do not show, and the remedy; empty: nothing. Any thread; cheap."""
 
     def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
@@ -142,8 +148,18 @@ class Service:
 
     `start`, `predict` and `stop` belong to the loop thread; everything else may be called from any.
 
+    Args:
+        model: What answers.
+        settings: The knobs at first; None: the defaults.
+        given: The knobs that a person has set. The others are lowered to what the model can do.
+        name: Shown to clients.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        notes: What the owner should know about how this model is served.
+
     Raises:
-        SettingError: the settings ask this model for more than it can do.
+        SettingError: the settings in `given` ask this model for more than it can do.
     """
 
     def __init__(
@@ -151,10 +167,16 @@ class Service:
         model: ServedModel,
         settings: Settings | None = None,
         *,
+        given: Container[str] = (),
         name: str = "default",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings = settings or Settings()
+        self.notes = list(model.notes)
+        most = model.max_batch_size
+        if most is not None and settings.max_batch_size > most and "max_batch_size" not in given:
+            settings = settings.replace(max_batch_size=most)
+            self.notes.append(f"max_batch_size is {most}: {_obstacle(model)}")
         _refuse_what_it_cannot(model, settings)
         self.name = name
         self.model_name, self.task, self.device = model.name, model.task_name, model.device
@@ -176,6 +198,7 @@ class Service:
             self.batcher.scheduler.cost.observe(*timing)
         self._incidents: deque[Incident] = deque(maxlen=_KEPT_INCIDENTS)
         self._tuning = threading.Lock()
+        self._change = -math.inf, ""  # when the model was last looked at, and what had changed
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -330,7 +353,8 @@ class Service:
             "task": self.task,
             "device": self.device,
             "state": state,
-            "reason": reason,
+            "reason": reason or self._changed(),
+            "notes": [*self.notes],
             "uptime_s": 0.0 if self.started_at is None else round(now - self.started_at, 3),
             "queue_depth": scheduler.queue_depth,
             "in_flight": scheduler.in_flight,
@@ -345,6 +369,15 @@ class Service:
             **self.metrics.snapshot(now),
             **history,
         }
+
+    def _changed(self) -> str:
+        """What the owner has done to the model that answers do not show."""
+        now, model = self.clock(), self.model
+        looked_at, changed = self._change
+        if model is not None and now - looked_at >= _LOOK_AT_MODEL_S:
+            changed = model.changed()
+            self._change = now, changed
+        return changed
 
     def incidents(self) -> list[Incident]:
         """The latest failures, newest first. For the owner only."""
@@ -368,10 +401,14 @@ class Service:
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
     most = model.max_batch_size
     if most is not None and settings.max_batch_size > most:
-        why = getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
         raise SettingError(
-            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: {why}"
+            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: "
+            f"{_obstacle(model)}"
         )
+
+
+def _obstacle(model: ServedModel) -> str:
+    return getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
 
 
 def _time_is_up(items: Sequence[Item]) -> None:
