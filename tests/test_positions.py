@@ -123,6 +123,27 @@ def test_a_model_without_positions_has_no_limit(serve: Serve) -> None:
     assert len(server(text_of(3000))[0]) == 3000
 
 
+def test_a_model_that_cannot_be_tried_is_served_with_the_limit_of_its_tokenizer(serve: Serve) -> None:
+    """A T5 classifier is an encoder and a decoder, whose inputs the pipeline does not have."""
+    config = transformers.T5Config(
+        vocab_size=len(words()),
+        d_model=32,
+        d_kv=16,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        eos_token_id=words().sep_token_id,
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForSequenceClassification(config).eval()
+    own = copy.deepcopy(words())
+    own.model_max_length = 64
+    pipe = transformers.pipeline("text-classification", model=model, tokenizer=own, device="cpu")
+    server = serve(pipe, timeout_ms=60_000, drop_hopeless=False)
+    assert httpx.post(server.url, content=text_of(64), timeout=60).status_code == 200
+    assert "takes 64 at most" in httpx.post(server.url, content=text_of(65), timeout=60).text
+
+
 def test_the_limit_of_the_tokenizer_holds_where_it_is_smaller(serve: Serve) -> None:
     pipe = encoder("Roberta")
     pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
