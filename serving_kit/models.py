@@ -116,6 +116,7 @@ class _Resolved:
     postprocess: Mapping[str, Any]
     new_tokens: int = 0  # that the forward may add to the input's
     least_new_tokens: int = 0  # that it must add
+    most_tokens: int | None = None  # of input and output together, where that is what was set
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,14 +370,17 @@ class PipelineModel:
         tokens = max((_width(chunk) for chunk in chunks), default=0)
         if not tokens:
             raise InputRejected("the model finds nothing in this input")
-        if self.longest is not None and tokens + resolved.new_tokens > self.longest:
+        longest = min((n for n in (self.longest, resolved.most_tokens) if n is not None), default=None)
+        if longest is not None and tokens + resolved.new_tokens > longest:
             # Past its last position a model crashes, and on a GPU it takes the process with it.
-            room = self.longest - tokens
+            room = longest - tokens
             if "max_new_tokens" in parameters or room < resolved.least_new_tokens or not resolved.new_tokens:
-                raise InputRejected(_too_long(tokens, self.longest, resolved, parameters))
+                raise InputRejected(_too_long(tokens, longest, resolved, parameters))
             # Only a default is too much: as many as fit. Those that differ in it share no forward.
             resolved = replace(
-                resolved, forward={**resolved.forward, "max_new_tokens": room}, new_tokens=room
+                resolved,
+                forward={**resolved.forward, "max_new_tokens": room, "max_length": None},
+                new_tokens=room,
             )
             key = f"{key} {room}"
         if self.task_name == "fill-mask":
@@ -416,7 +420,7 @@ class PipelineModel:
             pipe = self.pipe
             preprocess, forward, postprocess = pipe._sanitize_parameters(**self.task.typed(parameters))
             forward = {**pipe._forward_params, **forward}
-            new_tokens = _new_tokens(pipe, forward) if pipe.task == "text-generation" else (0, 0)
+            new_tokens = _new_tokens(pipe, forward) if pipe.task == "text-generation" else (0, 0, None)
             if len(self._resolved) >= _PARAMETER_SETS:
                 self._resolved.clear()
             self._resolved[key] = _Resolved(
@@ -436,8 +440,8 @@ class PipelineModel:
         return (features[:, -tokens:] if left else features[:, :tokens],)
 
 
-def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens that `generate` may and must add with these parameters.
+def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> tuple[int, int, int | None]:
+    """Tokens that `generate` may and must add with these parameters, and the most with the input's.
 
     Raises:
         InputRejected: they are fine one by one, but not together; the text is the library's own.
@@ -450,7 +454,11 @@ def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> tuple[int, int]:
         config.validate()
     except ValueError as error:
         raise InputRejected(str(error).strip().split("\n")[0]) from None
-    return config.max_new_tokens or 0, max(config.min_new_tokens or 0, 1)
+    least = max(config.min_new_tokens or 0, 1)
+    if config.max_new_tokens is None and config.max_length is not None:
+        # `generate` would count it from the longest input of a batch. Each input gets its own number.
+        return config.max_length, least, config.max_length
+    return config.max_new_tokens or 0, least, None
 
 
 def _too_long(tokens: int, longest: int, resolved: _Resolved, parameters: Mapping[str, Any]) -> str:

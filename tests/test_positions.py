@@ -189,6 +189,23 @@ def test_what_a_client_asks_for_is_not_lowered_but_refused(serve: Serve) -> None
     assert "128 tokens and 1 more must fit; this model takes 128" in refused.json()["error"]
 
 
+def test_a_max_length_of_the_model_counts_for_each_prompt_alone(serve: Serve) -> None:
+    """`generate` counts it from the longest prompt of a batch, and fails if that is longer."""
+    pipe = copy.copy(tiny("text-generation"))
+    pipe.model = copy.deepcopy(pipe.model)
+    pipe.model.generation_config.max_length = 20
+    texts = [text_of(tokens) for tokens in (10, 19, 12, 10)]
+    want = [pipe(text, do_sample=False) for text in texts]
+    server = serve(pipe, timeout_ms=60_000, drop_hopeless=False)
+    before = server.logs()
+    assert server(texts, do_sample=False) == want
+    refused = generated(server, text_of(20))
+    assert refused.status_code == 422
+    assert "20 tokens and 1 more must fit; this model takes 20" in refused.json()["error"]
+    assert server.stats()["requests"]["failed"] == 0
+    assert server.logs() == before, "the library had something to say"
+
+
 def test_prompts_of_different_lengths_that_share_no_forward_get_their_own_lengths(serve: Serve) -> None:
     pipe = tiny("text-generation")
     texts = [text_of(tokens) for tokens in (90, 100, 100, 120)]
