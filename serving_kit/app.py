@@ -368,6 +368,7 @@ async def info(request: Request) -> Response:
             "device": service.device,
             "max_body_bytes": service.max_body_bytes,
             "max_batch_size": service.settings.max_batch_size,
+            "notes": service.notes,
             "version": __version__,
         }
     )

@@ -31,22 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, or 2 if the server could not start."""
     options = _parser().parse_args(argv)
     try:
-        settings = Settings(
-            **{name: value for name in KNOBS if (value := getattr(options, name)) is not None}
-        )
+        given = {name: value for name in KNOBS if (value := getattr(options, name)) is not None}
+        settings = Settings(**given)
         check_live_timeout(options.live_timeout_s)
         sock = bind(options.host, options.port)
         log.configure(options.log_level, options.log_format)
         print(f"loading {options.model or 'the demo model'}", flush=True)
         model = load_model(options.model, task=options.task, device=options.device)
-        service = Service(model, settings, live_timeout_s=options.live_timeout_s)
+        service = Service(model, settings, given=given, live_timeout_s=options.live_timeout_s)
     except (SettingError, StartError) as error:
         print(f"serving-kit: {error}", file=sys.stderr)
         return 2
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
     host, port = sock.getsockname()[:2]
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
-    print(f"serving {service.model_name} ({service.task}, {service.device}) at {url}")
+    print(
+        "; ".join(
+            [f"serving {service.model_name} ({service.task}, {service.device}) at {url}", *service.notes]
+        )
+    )
     if options.require_token:
         print(f"everything needs the token: {token}", flush=True)
     elif is_loopback(options.host):

@@ -44,6 +44,7 @@ class CallableModel:
     device = "python"
     media = False
     max_batch_size: int | None = None
+    notes: Sequence[str] = ()
     timings: Sequence[tuple[int, float]] = ()
     example = None  # a function is not called with inputs that no client has sent
 
@@ -61,6 +62,10 @@ class CallableModel:
             if self._reserved is not None:
                 raise MalformedRequest(f"parameter {name[:60]!r} cannot be set by clients")
             raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
+
+    def changed(self) -> str:
+        """Empty: a function is called as it is now."""
+        return ""
 
     def warm_up(self) -> list[tuple[int, float]]:
         """Nothing; see `example`."""

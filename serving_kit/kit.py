@@ -286,6 +286,10 @@ def serve(
     Running it again replaces the server of that `name`: same port, same connections, and the old
     model answers until the new one can. If the new one fails to load, the old one stays.
 
+    A pipeline that is handed over shares its weights with the server, so values that change in place get
+    through. The server has its own tokenizer and processors. Where a shortcut applies, it has its own modules
+    too: the panel says if the notebook's were replaced, hooked or compiled since.
+
     Args:
         model: None for the bundled demo model; a Hub id or folder, as `pipeline(model=...)` takes it;
             a `transformers` Pipeline, which is not loaded twice; or any `list -> list` function: it gets
@@ -328,7 +332,9 @@ def serve(
             loaded = load_model(
                 model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
             )
-            return Service(loaded, settings, name=name, retry=retry, live_timeout_s=live_timeout_s)
+            return Service(
+                loaded, settings, given=knobs, name=name, retry=retry, live_timeout_s=live_timeout_s
+            )
         except SettingError as error:
             raise StartError(f"{error}. Or serve one at a time: max_batch_size=1") from error
         finally:
@@ -398,7 +404,7 @@ def _take_over(old: Server, service: Service, rule: Access) -> Server:
 
     old._inline.swap(build_app(service, access=rule), then=register)
     service.log.replaced(service.model_name, server.url)
-    print(f"{_introduction(server)}, in place of the one that was {was}")
+    print("; ".join([f"{_introduction(server)}, in place of the one that was {was}", *service.notes]))
     return server
 
 
@@ -418,7 +424,7 @@ def _start(
             ". Other machines can reach it, so everything needs server.token: as Authorization: Bearer "
             "<token>, or once as /?token=<token> in a browser"
         )
-    print(note)
+    print("; ".join([note, *service.notes]))
     if old is not None:
         print(f"the one at {old.url} ({_biography(old)}) stops")
         service.log.replaced(service.model_name, server.url)
@@ -499,7 +505,7 @@ def create_app(
         loaded = load_model(
             model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
         )
-        return Service(loaded, settings, name=name, retry=retry, live_timeout_s=live_timeout_s)
+        return Service(loaded, settings, given=knobs, name=name, retry=retry, live_timeout_s=live_timeout_s)
 
     rule = access(
         token or os.environ.get(TOKEN_VARIABLE) or None,

@@ -16,6 +16,7 @@ from typing import Any
 from serving_kit.errors import StartError
 from serving_kit.functions import CallableModel
 from serving_kit.models import PipelineModel, short_name
+from serving_kit.tasks import refuse_unserved
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
@@ -83,8 +84,12 @@ def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str,
         kwargs["device"] = device
     try:
         if task is not None:
-            PIPELINE_REGISTRY.check_task(task)  # before the weights, which may take minutes
+            refuse_unserved(
+                PIPELINE_REGISTRY.check_task(task)[0]
+            )  # before the weights, which may take minutes
         return pipeline(task=task, model=source, **kwargs)
+    except StartError:
+        raise
     except Exception as error:
         raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
 

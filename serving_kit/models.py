@@ -18,8 +18,9 @@ from __future__ import annotations
 import copy
 import json
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +28,16 @@ from serving_kit.errors import InputRejected, StartError
 from serving_kit.fast_linear import use_fast_linear
 from serving_kit.forward import Prepared
 from serving_kit.mask_head import MaskHead, mask_head
-from serving_kit.tasks import TASKS, UNKNOWN, Task
-from serving_kit.twin import twin
+from serving_kit.positions import most_positions
+from serving_kit.tasks import Task, contract
+from serving_kit.twin import own_pipeline, structure, twin
 
-# A tokeniser without a limit of its own reports a number like 1e30.
-_NO_LIMIT = 1_000_000
 _WARM_UP_S, _FEWEST_TIMINGS = 0.15, 3
 _MOST_PIECES = 128  # a long text with a stride, or a text with many labels, is a batch of its own
 _MOST_FILLS = 5_000  # each one is the whole text once more: 5,000 of 500 tokens take about a second
 _PARAMETER_SETS = 128  # distinct parameter sets whose resolved form is kept
+_LONGEST_TRIAL, _TRIAL_S = 1024, 0.5  # tokens and seconds up to which the longest length is tried
+_ONE_BY_ONE = "inputs of this task are answered one by one"
 
 
 class Timing(NamedTuple):
@@ -53,6 +55,8 @@ class _Resolved:
     forward: Mapping[str, Any]
     postprocess: Mapping[str, Any]
     new_tokens: int = 0  # that the forward may add to the input's
+    least_new_tokens: int = 0  # that it must add
+    most_tokens: int | None = None  # of input and output together, where that is what was set
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +74,26 @@ class PipelineModel:
     """A `transformers` pipeline.
 
     Attributes:
-        pipe: The pipeline that runs: a twin of the one that was loaded or handed over, around the same
-            weights, so that nothing in that one is changed. Without shortcuts, that one itself.
+        pipe: The pipeline that runs: a copy of the one that was loaded or handed over, with a tokenizer and
+            processors of its own, around the same weights. Where a shortcut applies, the modules are its
+            own as well, so that nothing in the given pipeline is changed.
         shortcuts: Whether work may be left out that no answer shows (`mask_head.py`, `fast_linear.py`).
+        task: What clients may send.
         max_batch_size: 1 for a pipeline that cannot batch, else None. `batch_obstacle` says why.
+        notes: What its owner should know.
+
+    Raises:
+        StartError: the pipeline may open what clients send, its tokenizer cannot be copied, or its model is
+            in training mode and cannot be copied.
     """
 
     pipe: Any
     name: str = ""
     shortcuts: bool = True
-    task: Task = UNKNOWN
+    task: Task = field(init=False)
     max_batch_size: int | None = None
     batch_obstacle: str = ""
+    notes: Sequence[str] = ()
     longest: int | None = None  # tokens that one input may have
     timings: Sequence[Timing] = ()  # of the batches that warmed it up
     example: tuple[str, Mapping[str, Any]] | None = None  # the input that warmed it up, and its parameters
@@ -90,33 +102,78 @@ class PipelineModel:
     _iterator: Any = None  # cuts a batch of outputs up again: the library's own
     _chunked: bool = False
     _mask_head: MaskHead | None = None
+    _given: Callable[[], Any] = field(init=False)  # the pipeline that was handed over, while it exists
+    _given_parts: tuple[Any, ...] = field(init=False)  # its model and its tokenizer when it was
+    _structure: int | None = None  # of the given model; None: the model that runs is that one
 
     def __post_init__(self) -> None:
         from transformers.pipelines import base, pt_utils
 
         given = self.pipe
-        if self.shortcuts:
-            self.pipe = twin(given)
-        is_our_own = self.pipe is not given  # else a shortcut would change what a cell may be using
-        if is_our_own:
-            use_fast_linear(self.pipe.model)
-        pipe = self.pipe
-        self.task = TASKS.get(pipe.task, UNKNOWN)
-        if self.task is UNKNOWN:
-            _refuse_what_opens_files(pipe)
+        self.task = contract(given)
+        self.pipe = pipe = own_pipeline(given)
+        self._given, self._given_parts = weakref.ref(given), (given.model, given.tokenizer)
         self.name = self.name or _display_name(pipe)
-        self.longest = _longest(pipe)
+        self.longest = most_positions(pipe)
         self._chunked = isinstance(pipe, base.ChunkPipeline)
         self._iterator = pt_utils.PipelinePackIterator if self._chunked else pt_utils.PipelineIterator
-        if not self.task.batches:
-            return
-        self.batch_obstacle = _batch_obstacle(pipe)
+        self.batch_obstacle = _batch_obstacle(pipe) if self.task.batches else _ONE_BY_ONE
         if self.batch_obstacle:
             self.max_batch_size = 1
         else:
             self._collate = base.pad_collate_fn(pipe.tokenizer, None)
-            if is_our_own and pipe.task == "fill-mask":
-                self._mask_head = mask_head(pipe, self._collate)
+        self._choose_modules(given.model)
+
+    def _choose_modules(self, given: Any) -> None:
+        """Run on a twin of the given model where that is of use, else on the given model."""
+        trains = bool(getattr(given, "training", False))
+        own = twin(given) if trains or self.shortcuts else None
+        if trains:
+            if own is None:
+                raise StartError(
+                    "the model is in training mode, so dropout would make its answers vary: call "
+                    "pipe.model.eval() first"
+                )
+            own.eval()
+            self.notes = (*self.notes, "the model is in training mode; its copy is served in evaluation mode")
+        if own is None:
+            return
+        self.pipe.model = own
+        applied = 0
+        if self.shortcuts:
+            applied = use_fast_linear(own)
+            if self._collate is not None and self.task_name == "fill-mask":
+                self._mask_head = mask_head(self.pipe, self._collate)
+        if trains or applied or self._mask_head is not None:
+            self._structure = structure(given)
+        else:
+            self.pipe.model = given
+
+    def changed(self) -> str:
+        """What the notebook has changed since, which answers do not show, and what to do; empty if nothing.
+
+        Any thread; a few microseconds for each module and parameter.
+        """
+        given = self._given()
+        model, tokenizer = self._given_parts
+        again = "run serve() again"
+        if given is not None and given.model is not model:
+            return f"the pipeline has another model since serve(), which is not served: {again}"
+        if given is not None and given.tokenizer is not tokenizer:
+            return f"the pipeline has another tokenizer since serve(), which is not used: {again}"
+        if self._structure is None:
+            if getattr(model, "training", False):
+                return "the model is in training mode, so answers vary: call pipe.model.eval()"
+            return ""
+        try:
+            same = structure(model) == self._structure
+        except RuntimeError:  # a cell is adding or removing modules at this moment
+            return ""
+        if same:
+            return ""
+        return (
+            f"the model's modules, hooks or tensors were replaced since serve(), which is not served: {again}"
+        )
 
     @property
     def task_name(self) -> str:
@@ -152,13 +209,16 @@ class PipelineModel:
             parameters["candidate_labels"] = ["example"]
         elif self.task_name == "text-generation":
             parameters["max_new_tokens"] = 1
-        elif self.task is UNKNOWN or not self.task.batches:
+        elif not self.task.batches:
             return []
-        self._time([self.prepare(example, parameters)])  # initialises all that is lazy
+        short = self.prepare(example, parameters)
+        self._time([short])  # initialises all that is lazy
         self.example = example, parameters
+        self._try_longest(short.payload.chunks[0])
         if self.task_name == "text-generation":
             return []  # a forward's cost is in what it generates, which this says nothing about
-        short, long = self.prepare(example, parameters), self.prepare(example * 12, parameters)
+        fits = self.longest is None or 12 * _width(short.payload.chunks[0]) <= self.longest
+        long = self.prepare(example * 12, parameters) if fits else short
         timings: list[Timing] = []
         begun = time.perf_counter()
         for batch in ([short], [long], [short] * 4, [long] * 4, [short] * 16):
@@ -166,6 +226,49 @@ class PipelineModel:
                 break
             timings.append(self._time(batch[: self.max_batch_size]))
         return timings
+
+    def _try_longest(self, chunk: Mapping[str, Any]) -> None:
+        """Lower `longest` to what the model answers: on a CPU, as far as a try takes little time and memory.
+
+        Elsewhere it stays what the position tables say: an index past their end costs a CUDA device.
+
+        Args:
+            chunk: The tensors of a short text.
+        """
+        if self.longest is None or self.device != "cpu":
+            return
+        takes, most = _width(chunk), min(self.longest, _LONGEST_TRIAL)
+        fails = 0
+        while takes < most and not fails:
+            length, start = min(2 * takes, most), time.perf_counter()
+            if not self._takes(chunk, length):
+                fails = length
+            elif 2 * (time.perf_counter() - start) > _TRIAL_S:
+                return
+            else:
+                takes = length
+        while takes + 1 < fails:
+            length = (takes + fails) // 2
+            if self._takes(chunk, length):
+                takes = length
+            else:
+                fails = length
+        if fails and takes > _width(chunk):  # else it takes no text twice, which says nothing about lengths
+            self.longest = takes
+
+    def _takes(self, chunk: Mapping[str, Any], tokens: int) -> bool:
+        """Whether the model has positions for so many tokens: those of `chunk` over and over."""
+        import torch
+
+        model, width = self.pipe.model, _width(chunk)
+        names = [name for name in self.pipe.tokenizer.model_input_names if name in chunk]
+        repeated = {name: chunk[name].repeat(1, tokens // width + 1)[:, :tokens] for name in names}
+        try:
+            with torch.no_grad():
+                getattr(model, "base_model", model)(**repeated)
+        except Exception:  # an index past the table, or a model that takes no such inputs at any length
+            return False
+        return True
 
     def _time(self, batch: list[Prepared]) -> Timing:
         start = time.perf_counter()
@@ -206,13 +309,19 @@ class PipelineModel:
         tokens = max((_width(chunk) for chunk in chunks), default=0)
         if not tokens:
             raise InputRejected("the model finds nothing in this input")
-        new = resolved.new_tokens
-        if self.longest is not None and tokens + new > self.longest:
+        longest = min((n for n in (self.longest, resolved.most_tokens) if n is not None), default=None)
+        if longest is not None and tokens + resolved.new_tokens > longest:
             # Past its last position a model crashes, and on a GPU it takes the process with it.
-            more = f" and max_new_tokens is {new}" if new else ""
-            raise InputRejected(
-                f"the text has {tokens} tokens{more}; this model takes {self.longest} at most"
+            room = longest - tokens
+            if "max_new_tokens" in parameters or room < resolved.least_new_tokens or not resolved.new_tokens:
+                raise InputRejected(_too_long(tokens, longest, resolved, parameters))
+            # Only a default is too much: as many as fit. Those that differ in it share no forward.
+            resolved = replace(
+                resolved,
+                forward={**resolved.forward, "max_new_tokens": room, "max_length": None},
+                new_tokens=room,
             )
+            key = f"{key} {room}"
         if self.task_name == "fill-mask":
             masks = int((chunks[0]["input_ids"] == self.pipe.tokenizer.mask_token_id).sum())
             answers = masks * resolved.postprocess.get("top_k", 5)
@@ -250,14 +359,14 @@ class PipelineModel:
             pipe = self.pipe
             preprocess, forward, postprocess = pipe._sanitize_parameters(**self.task.typed(parameters))
             forward = {**pipe._forward_params, **forward}
-            new_tokens = _new_tokens(pipe, forward) if pipe.task == "text-generation" else 0
+            new_tokens = _new_tokens(pipe, forward) if pipe.task == "text-generation" else (0, 0, None)
             if len(self._resolved) >= _PARAMETER_SETS:
                 self._resolved.clear()
             self._resolved[key] = _Resolved(
                 {**pipe._preprocess_params, **preprocess},
                 forward,
                 {**pipe._postprocess_params, **postprocess},
-                new_tokens,
+                *new_tokens,
             )
         return self._resolved[key]
 
@@ -270,8 +379,8 @@ class PipelineModel:
         return (features[:, -tokens:] if left else features[:, :tokens],)
 
 
-def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> int:
-    """Tokens that `generate` may add with these parameters.
+def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> tuple[int, int, int | None]:
+    """Tokens that `generate` may and must add with these parameters, and the most with the input's.
 
     Raises:
         InputRejected: they are fine one by one, but not together; the text is the library's own.
@@ -284,16 +393,23 @@ def _new_tokens(pipe: Any, parameters: Mapping[str, Any]) -> int:
         config.validate()
     except ValueError as error:
         raise InputRejected(str(error).strip().split("\n")[0]) from None
-    return config.max_new_tokens or 0
+    least = max(config.min_new_tokens or 0, 1)
+    if config.max_new_tokens is None and config.max_length is not None:
+        # `generate` would count it from the longest input of a batch. Each input gets its own number.
+        return config.max_length, least, config.max_length
+    return config.max_new_tokens or 0, least, None
 
 
-def _refuse_what_opens_files(pipe: Any) -> None:
-    """A pipeline with a processor for images or sound opens the strings that it is given."""
-    if any(getattr(pipe, name, None) is not None for name in ("image_processor", "feature_extractor")):
-        raise StartError(
-            f"{pipe.task} is not served: its pipeline opens the paths and addresses that clients send. Serve "
-            "a function from a list to a list that decodes what it is sent and calls the pipeline"
-        )
+def _too_long(tokens: int, longest: int, resolved: _Resolved, parameters: Mapping[str, Any]) -> str:
+    """Why a text is refused for its length, with the numbers."""
+    more = ""
+    if "max_new_tokens" in parameters:
+        more = f" and max_new_tokens is {resolved.new_tokens}"
+    elif "min_new_tokens" in parameters:
+        more = f" and min_new_tokens is {resolved.least_new_tokens}"
+    elif resolved.new_tokens:
+        more = f" and {resolved.least_new_tokens} more must fit"
+    return f"the text has {tokens} tokens{more}; this model takes {longest} at most"
 
 
 def _batch_obstacle(pipe: Any) -> str:
@@ -312,16 +428,6 @@ def _batch_obstacle(pipe: Any) -> str:
             "(pipe.model.config.pad_token_id = pipe.tokenizer.pad_token_id)"
         )
     return ""
-
-
-def _longest(pipe: Any) -> int | None:
-    """Tokens that the model's positions allow, if the tokeniser or the config says."""
-    limits = [
-        getattr(getattr(pipe, "tokenizer", None), "model_max_length", None),
-        getattr(getattr(pipe.model, "config", None), "max_position_embeddings", None),
-    ]
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
-    return min(known, default=None)
 
 
 def _width(chunk: Any) -> int:

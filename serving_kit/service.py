@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ _KEPT_INCIDENTS = 100
 _LONGEST_ERROR, _LONGEST_TRACEBACK = 2000, 20_000  # characters kept of each
 _KEPT_REQUEST_IDS = 32  # of one incident
 _KEPT_CHANGES = 200
+_LOOK_AT_MODEL_S = 1.0  # between two looks at what a notebook has done to the model
 # A forward is called stuck when it has run longer than `timeout_ms` times the first, and longer than 95 of
 # 100 such forwards times the second, and in any case longer than a pause of the machine.
 _STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
@@ -62,6 +63,7 @@ class ServedModel(Model, Protocol):
 
     name: str
     max_batch_size: int | None  # None: any
+    notes: Sequence[str]  # what its owner should know
 
     @property
     def task_name(self) -> str:
@@ -78,6 +80,9 @@ class ServedModel(Model, Protocol):
     @property
     def timings(self) -> Sequence[tuple[int, float]]:
         """Batches that it has run already: padded tokens, seconds."""
+
+    def changed(self) -> str:
+        """What was done to it that answers do not show, and the remedy; empty: nothing. Any thread; cheap."""
 
     def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
@@ -172,14 +177,19 @@ class Service:
 
     Args:
         model: What answers.
-        settings: The knobs; None: their defaults.
-        name: Of the server.
+        settings: The knobs at first; None: the defaults.
+        given: The knobs that a person has set. The others are lowered to what the model can do.
+        name: Shown to clients.
+        retry: Whether a batch that raised may run again in parts.
         live_timeout_s: See `live`; None: never.
-        clock: Monotonic, in seconds.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        notes: What the owner should know about how this model is served.
 
     Raises:
-        SettingError: the settings ask this model for more than it can do, or `live_timeout_s` is not a
-            positive number.
+        SettingError: the settings in `given` ask this model for more than it can do, or `live_timeout_s` is
+            not a positive number.
     """
 
     def __init__(
@@ -187,6 +197,7 @@ class Service:
         model: ServedModel,
         settings: Settings | None = None,
         *,
+        given: Container[str] = (),
         name: str = "default",
         retry: bool = True,
         live_timeout_s: float | None = None,
@@ -194,6 +205,11 @@ class Service:
     ) -> None:
         settings = settings or Settings()
         check_live_timeout(live_timeout_s)
+        self.notes = list(model.notes)
+        most = model.max_batch_size
+        if most is not None and settings.max_batch_size > most and "max_batch_size" not in given:
+            settings = settings.replace(max_batch_size=most)
+            self.notes.append(f"max_batch_size is {most}: {_obstacle(model)}")
         _refuse_what_it_cannot(model, settings)
         self.name = name
         self.model_name, self.task, self.device = model.name, model.task_name, model.device
@@ -220,6 +236,7 @@ class Service:
         self._incidents: dict[str, Incident] = {}  # by id, oldest first
         self._keeping = threading.Lock()  # around every use of the two above
         self._tuning = threading.Lock()
+        self._change = -math.inf, ""  # when the model was last looked at, and what had changed
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -416,7 +433,8 @@ class Service:
             "task": self.task,
             "device": self.device,
             "state": state,
-            "reason": reason,
+            "reason": reason or self._changed(),
+            "notes": [*self.notes],
             "uptime_s": 0.0 if self.started_at is None else round(now - self.started_at, 3),
             "queue_depth": core.load.queue_depth,
             "in_flight": core.load.in_flight,
@@ -432,6 +450,15 @@ class Service:
             **self.metrics.snapshot(now),
             **history,
         }
+
+    def _changed(self) -> str:
+        """What the owner has done to the model that answers do not show."""
+        now, model = self.clock(), self.model
+        looked_at, changed = self._change
+        if model is not None and now - looked_at >= _LOOK_AT_MODEL_S:
+            changed = model.changed()
+            self._change = now, changed
+        return changed
 
     def incidents(self) -> list[Incident]:
         """The latest failures, newest first. For the owner only."""
@@ -528,10 +555,14 @@ def _cause(error: BaseException) -> str:
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
     most = model.max_batch_size
     if most is not None and settings.max_batch_size > most:
-        why = getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
         raise SettingError(
-            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: {why}"
+            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: "
+            f"{_obstacle(model)}"
         )
+
+
+def _obstacle(model: ServedModel) -> str:
+    return getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
 
 
 def _time_is_up(items: Sequence[Item]) -> None:

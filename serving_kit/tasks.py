@@ -2,21 +2,26 @@
 
 A pipeline hands parameters that it does not know to its tokenizer or to `generate`, where they are
 ignored, crash the whole batch, or exhaust the machine. So a server must know them itself: this table
-is the contract with strangers. It is checked on the loop thread before anything is queued, in time
+is the contract with clients. It is checked on the loop thread before anything is queued, in time
 that does not depend on the model.
+
+Most pipelines of `transformers` open a string as a file, or fetch it as a URL. So only pipelines with a row
+here are served: those of text hand it to their tokenizer and nothing else, and those of images and sound
+get what `media.py` has decoded.
 
 Not here: running the task (`models.py`), the shape of the answer for each client (`formats.py`).
 """
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serving_kit import media
-from serving_kit.errors import MalformedRequest
+from serving_kit.errors import MalformedRequest, StartError
 
 Check = Callable[[Any], str | None]  # None: fine; else what the value must be
 
@@ -28,6 +33,7 @@ class Task:
     A parameter that has no row here does not reach the pipeline.
     """
 
+    pipeline: str  # the class in `transformers.pipelines` whose steps it was written for
     parameters: Mapping[str, Check] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     inputs: str = "a string"
@@ -200,9 +206,11 @@ _CLASSES: Mapping[str, Check] = {
 
 TASKS: Mapping[str, Task] = {
     "fill-mask": Task(
-        {"top_k": whole(1, 1000), "targets": texts(1000), "tokenizer_kwargs": options(**_TRUNCATION)}
+        "FillMaskPipeline",
+        {"top_k": whole(1, 1000), "targets": texts(1000), "tokenizer_kwargs": options(**_TRUNCATION)},
     ),
     "text-classification": Task(
+        "TextClassificationPipeline",
         {
             "top_k": optional(whole(1, 1000)),
             "function_to_apply": choice("sigmoid", "softmax", "none"),
@@ -213,31 +221,96 @@ TASKS: Mapping[str, Task] = {
         members=("text", "text_pair"),
     ),
     "token-classification": Task(
+        "TokenClassificationPipeline",
         {
             "aggregation_strategy": choice("none", "simple", "first", "average", "max"),
             "ignore_labels": texts(1000, or_one=False),
             "stride": whole(0, 128),
-        }
+        },
     ),
     "zero-shot-classification": Task(
+        "ZeroShotClassificationPipeline",
         {"candidate_labels": labels(100), "hypothesis_template": template, "multi_label": flag},
         required=("candidate_labels",),
     ),
-    "feature-extraction": Task({"truncation": flag, "tokenize_kwargs": options(**_TRUNCATION)}),
-    "text-generation": Task(_GENERATION),
-    "text-to-audio": Task({}, batches=False),
-    "image-classification": Task(_CLASSES, takes=(object,), batches=False, media=media.image),
-    "image-feature-extraction": Task({"pool": flag}, takes=(object,), batches=False, media=media.image),
-    "object-detection": Task({"threshold": number(0, 1)}, takes=(object,), batches=False, media=media.image),
-    "audio-classification": Task(_CLASSES, takes=(object,), batches=False, media=media.sound),
-    "automatic-speech-recognition": Task(takes=(object,), batches=False, media=media.sound),
+    "feature-extraction": Task(
+        "FeatureExtractionPipeline", {"truncation": flag, "tokenize_kwargs": options(**_TRUNCATION)}
+    ),
+    "text-generation": Task("TextGenerationPipeline", _GENERATION),
+    "text-to-audio": Task("TextToAudioPipeline", batches=False),
+    "image-classification": Task(
+        "ImageClassificationPipeline", _CLASSES, takes=(object,), batches=False, media=media.image
+    ),
+    "image-feature-extraction": Task(
+        "ImageFeatureExtractionPipeline", {"pool": flag}, takes=(object,), batches=False, media=media.image
+    ),
+    "object-detection": Task(
+        "ObjectDetectionPipeline",
+        {"threshold": number(0, 1)},
+        takes=(object,),
+        batches=False,
+        media=media.image,
+    ),
+    "audio-classification": Task(
+        "AudioClassificationPipeline", _CLASSES, takes=(object,), batches=False, media=media.sound
+    ),
+    "automatic-speech-recognition": Task(
+        "AutomaticSpeechRecognitionPipeline", takes=(object,), batches=False, media=media.sound
+    ),
 }
 
-# A task that this kit has no row for: inputs run one by one, and without parameters.
-UNKNOWN = Task(inputs="what the pipeline takes", takes=(object,), batches=False)
+
+_OPENS = "its pipeline may open the paths and addresses that clients send"
+
+
+def contract(pipe: Any) -> Task:
+    """The contract of a pipeline.
+
+    Raises:
+        StartError: there is none, so that the pipeline might open or fetch what clients send.
+    """
+    name, task = type(pipe).__name__, TASKS.get(pipe.task)
+    why = ""
+    if task is None:
+        why = _OPENS
+    elif not any(_is_theirs(each, task.pipeline) for each in type(pipe).__mro__):
+        why = f"{name} is no {task.pipeline}, so it may open the paths and addresses that clients send"
+    elif pipe.task == "text-to-audio" and not _takes_text_first(getattr(pipe, "processor", None)):
+        why = "its processor takes a string for an image or for sound, and opens or fetches it"
+    if task is None or why:
+        raise _not_served(pipe.task, why)
+    return task
+
+
+def refuse_unserved(task: str) -> None:
+    """Raise `StartError` for a task whose pipelines would be refused: before its weights are loaded."""
+    if task not in TASKS:
+        raise _not_served(task, _OPENS)
+
+
+def _not_served(task: str, why: str) -> StartError:
+    return StartError(
+        f"{task} is not served: {why}. Served are {', '.join(TASKS)}. For another pipeline, serve a function "
+        "from a list to a list that decodes what it is sent and calls the pipeline"
+    )
+
+
+def _is_theirs(kind: type, name: str) -> bool:
+    return kind.__name__ == name and kind.__module__.startswith("transformers.pipelines.")
+
+
+def _takes_text_first(processor: Any) -> bool:
+    """Whether `processor(text)` is given a text. The library's own default takes images first."""
+    if processor is None:
+        return True
+    try:
+        _, first = list(inspect.signature(type(processor).__call__).parameters.values())[:2]
+    except (TypeError, ValueError):
+        return False
+    return first.name == "text"
 
 
 def _short(value: Any) -> str:
-    """A stranger's value, safe to repeat to that stranger; however large, it takes no time."""
+    """A client's value, safe to repeat to that client; however large, it takes no time."""
     words = reprlib.repr(value)
     return words if len(words) <= 60 else f"{words[:57]}..."

@@ -1,12 +1,15 @@
-"""A second pipeline around the same weights, so that what a server does to its model stays its own.
+"""The server's own copy of what a pipeline cannot share with the notebook: tokenizer, processors, modules.
 
-    pipe ── model ── modules ──┐
-                               ├── the same parameters and buffers, once in memory
-    twin ── model ── modules ──┘
+    pipe ── tokenizer            pipe ── model ── modules ──┐
+                                                            ├── the same parameters and buffers
+    own ─── its own tokenizer    own ─── model ── modules ──┘    once in memory, where a twin is made
 
-The shortcuts (`mask_head.py`, `fast_linear.py`) hook and replace modules. A notebook may hold the very
-pipeline that it serves, and call it in a cell while the model thread is in the middle of a forward: it
-must never see a hook of ours.
+A fast tokenizer keeps truncation and padding as state that every call sets anew. Two threads that call
+one tokenizer get each other's, and wrong answers without an error. So the server always has its own.
+
+The shortcuts (`mask_head.py`, `fast_linear.py`) hook and replace modules, which the notebook must not
+see. So they are taken on a twin: other modules around the same parameters. Weights that change in place
+reach both. A change to the structure does not reach a twin, so `structure` tells whether there was one.
 
 Not here: the shortcuts.
 """
@@ -17,25 +20,75 @@ import copy
 import itertools
 from typing import Any
 
+from serving_kit.errors import StartError
 
-def twin(pipe: Any) -> Any:
-    """A pipeline with modules of its own, sharing weights, tokeniser and parameters with `pipe`.
+_STATEFUL = ("tokenizer", "processor")
+_PARTS = (*_STATEFUL, "feature_extractor", "image_processor", "video_processor")
+_CALL_PARAMETERS = ("_preprocess_params", "_forward_params", "_postprocess_params", "_generate_kwargs")
 
-    Returns `pipe` itself where its model cannot be taken apart so: no torch module, or one whose
-    forward was replaced by something that remembers the modules (quantised, split over devices).
+
+def own_pipeline(pipe: Any) -> Any:
+    """A pipeline around the same model with a tokenizer and processors of its own.
+
+    Raises:
+        StartError: the tokenizer or the processor cannot be copied.
+    """
+    own, memo = copy.copy(pipe), {id(pipe.model): pipe.model}
+    for name in _PARTS:
+        part = getattr(pipe, name, None)
+        if part is None:
+            continue
+        try:
+            setattr(own, name, copy.deepcopy(part, memo))
+        except Exception as error:
+            if name not in _STATEFUL:
+                continue  # it holds no state of a call
+            raise StartError(
+                f"the pipeline's {name} cannot be copied ({type(error).__name__}: {error}), and one that is "
+                "shared with the notebook gives wrong answers. Serve a function that calls the pipeline"
+            ) from error
+    for name in _CALL_PARAMETERS:  # a stop sequence given to `pipeline()` brings the tokenizer with it
+        if parameters := getattr(pipe, name, None):
+            setattr(own, name, {key: memo.get(id(value), value) for key, value in parameters.items()})
+    return own
+
+
+def twin(model: Any) -> Any:
+    """A model with modules of its own, sharing parameters and buffers with `model`; None if that cannot be.
+
+    There is none for what is no torch module, for a model whose forward was replaced by something that
+    remembers the modules (quantised, split over devices), and for one with hooks, adapters or a compiled
+    forward: those would be lost, or copied as they are now, and switching them later would have no effect.
     """
     import torch
 
-    model = pipe.model
     if not isinstance(model, torch.nn.Module) or getattr(model, "hf_quantizer", None) is not None:
-        return pipe
-    if any("forward" in vars(module) or hasattr(module, "_hf_hook") for module in model.modules()):
-        return pipe
+        return None
+    if any(_is_special(module) for module in model.modules()):
+        return None
     shared = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
     try:
-        own = copy.deepcopy(model, shared)
+        return copy.deepcopy(model, shared)
     except Exception:  # something that cannot be copied: then there are no shortcuts, which is always right
-        return pipe
-    other = copy.copy(pipe)
-    other.model = own
-    return other
+        return None
+
+
+def structure(model: Any) -> int:
+    """A number that changes when modules, hooks, parameters or buffers of a model are replaced or added.
+
+    Values of parameters do not count. Any thread; a few microseconds for each module and parameter.
+    """
+    modules = [
+        (id(each), type(each), len(each._forward_hooks), len(each._forward_pre_hooks), _is_special(each))
+        for each in model.modules()
+    ]
+    return hash((tuple(modules), *map(id, model.parameters()), *map(id, model.buffers())))
+
+
+def _is_special(module: Any) -> bool:
+    own = vars(module)
+    if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
+        return True
+    return own.get("_compiled_call_impl") is not None or any(
+        name in own for name in ("forward", "_hf_hook", "peft_config", "_hf_peft_config_loaded")
+    )

@@ -104,27 +104,31 @@ def test_a_cell_may_use_its_pipeline_while_the_model_thread_is_inside_the_twin()
 
 
 def test_a_twin_shares_the_weights_and_nothing_else() -> None:
-    pipe = tiny("text-classification")
-    other = twin(pipe)
-    assert other.tokenizer is pipe.tokenizer
-    for mine, theirs in zip(other.model.parameters(), pipe.model.parameters(), strict=True):
+    model = tiny("text-classification").model
+    other = twin(model)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert mine is theirs
-    for mine, theirs in zip(other.model.modules(), pipe.model.modules(), strict=True):
+    for mine, theirs in zip(other.modules(), model.modules(), strict=True):
         assert mine is not theirs
 
 
-@pytest.mark.parametrize("obstacle", ["quantised", "replaced forward", "cannot be copied"])
+@pytest.mark.parametrize(
+    "obstacle", ["quantised", "replaced forward", "cannot be copied", "hook", "compiled", "adapter"]
+)
 def test_a_model_that_cannot_be_taken_apart_has_no_twin(obstacle: str) -> None:
     class Stubborn(torch.nn.Linear):
         def __deepcopy__(self, memo: Any) -> Any:
             raise TypeError("not me")
 
-    class Pipe:
-        model: Any = Stubborn(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
-
+    model: Any = Stubborn(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
     if obstacle == "quantised":
-        Pipe.model.hf_quantizer = "some"
+        model.hf_quantizer = "some"
     elif obstacle == "replaced forward":
-        Pipe.model.forward = lambda x: x
-    pipe = Pipe()
-    assert twin(pipe) is pipe
+        model.forward = lambda x: x
+    elif obstacle == "hook":
+        model.register_forward_hook(lambda *_: None)
+    elif obstacle == "compiled":
+        model.compile(backend="eager")
+    elif obstacle == "adapter":
+        model.peft_config = {"default": None}
+    assert twin(model) is None

@@ -554,7 +554,7 @@ def test_the_model_thread_may_die_at_any_line_and_nobody_hangs(monkeypatch: pyte
                 error.add_note(f"killed at {place}, visit {visit}")
                 raise
             murders += assassin.killed
-    assert murders > 1.2 * len(scout.passed), "most of them were really tried"
+    assert murders > 1.1 * len(scout.passed), "most of them were really tried"
 
 
 def serve_with(assassin: Assassin) -> None:

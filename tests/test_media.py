@@ -216,5 +216,5 @@ def test_a_pipeline_that_opens_files_and_is_not_known_is_not_served() -> None:
 
     pipe = copy.copy(tiny("image-classification"))
     pipe.task = "document-question-answering"
-    with pytest.raises(StartError, match="opens the paths and addresses that clients send"):
+    with pytest.raises(StartError, match="may open the paths and addresses that clients send"):
         PipelineModel(pipe)

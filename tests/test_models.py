@@ -162,7 +162,8 @@ def test_parameters_that_are_unknown_or_could_exhaust_the_machine_are_refused(
             {"max_new_tokens": 4096},
             "3 tokens and max_new_tokens is 4096; .* takes 128",
         ),
-        ("text-generation", "a", {}, "max_new_tokens is 256"),  # the library's default
+        ("text-generation", "a", {"min_new_tokens": 126}, "3 tokens and min_new_tokens is 126; .* takes 128"),
+        ("text-generation", "house " * 126, {}, "128 tokens and 1 more must fit; this model takes 128"),
         ("text-generation", "a", {"num_beams": 2, "num_return_sequences": 3}, "smaller or equal to"),
         ("text-generation", "a", {"num_return_sequences": 3, "do_sample": False}, "do not support"),
     ],
@@ -286,7 +287,7 @@ def test_a_folder_is_loaded_once_and_a_pipeline_not_again(tmp_path: Any) -> None
     )
     plain = load_model(pipe, shortcuts=False)
     assert isinstance(plain, PipelineModel)
-    assert plain.pipe is pipe
+    assert plain.pipe.model is pipe.model
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_pipeline_that_cannot_batch_starts_only_as_one_by_one(serve: Serve) ->
     pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
     pipe.tokenizer.pad_token = None
     with pytest.raises(StartError, match=r"no pad token.*pad_token = .*max_batch_size=1"):
-        serve(pipe)
+        serve(pipe, max_batch_size=32)
     server = serve(pipe, max_batch_size=1)
     parameters = PARAMETERS["text-generation"]
     assert server("the river", **parameters) == pipe("the river", **parameters)
