@@ -48,6 +48,7 @@ from serving_kit.errors import (
     ServingError,
     SettingError,
     SlowRequest,
+    Stopping,
     Unavailable,
 )
 from serving_kit.guard import Access, Headers
@@ -243,6 +244,8 @@ class _Attention:
     ) -> None:
         self._timer.cancel()
         if self._error is None or self._task is None:
+            if isinstance(error, asyncio.CancelledError):  # a server that stops cancels what is unfinished
+                raise Stopping from None
             return
         others = self._task.uncancel()  # somebody else wants it to end, too: the server is being stopped
         if not others and isinstance(error, asyncio.CancelledError):
@@ -426,9 +429,12 @@ class _Front:
                 await predict(scope, receive, send_with_id)  # the router would cost as much as the answer
             else:
                 await self.app(scope, receive, send_with_id)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if not started:
-                response = _problem(error, request_id.decode(), scope["app"])
+                cause = Stopping() if isinstance(error, asyncio.CancelledError) else error
+                response = _problem(cause, request_id.decode(), scope["app"])
+                if isinstance(cause, Stopping) and scope.get("http_version", "1.1").startswith("1"):
+                    response.headers["connection"] = "close"
                 await response(scope, receive, send_with_id)
 
     def _pass(self, scope: Scope) -> Response | None:

@@ -6,7 +6,8 @@
     │   └── SlowRequest         the body did not arrive in time
     ├── InputRejected       readable, but this model cannot take this input
     ├── Overloaded          refused at the door or dropped while waiting   (try again later)
-    │   └── Unavailable         not an overload: loading, draining, stopped, broken
+    │   └── Unavailable         not an overload: loading, broken
+    │       └── Stopping            draining, stopped
     ├── DeadlineExceeded    its time was up, waiting or running
     ├── ClientGone          nobody waits for the answer any more
     └── ModelFailed         the model, or this kit, raised
@@ -22,6 +23,8 @@ that only the owner sees.
 from __future__ import annotations
 
 from serving_kit.records import Outcome
+
+_RESTART_S = 5.0  # Retry-After of a server that stops: about what starting one takes
 
 
 class ServingError(Exception):
@@ -80,6 +83,16 @@ class Overloaded(ServingError):
 
 class Unavailable(Overloaded):
     """The server cannot answer now for a reason other than load: draining, stopped, broken."""
+
+
+class Stopping(Unavailable, RuntimeError):
+    """The server is stopping or has stopped: another one, or the same after a restart, can answer.
+
+    In a cell also a RuntimeError, as Python's own for what is closed.
+    """
+
+    def __init__(self, message: str = "the server is stopping") -> None:
+        super().__init__(message, retry_after=_RESTART_S)
 
 
 class DeadlineExceeded(ServingError):
