@@ -50,6 +50,7 @@ from serving_kit.errors import (
     ServingError,
     SettingError,
     SlowRequest,
+    Stopping,
     Unavailable,
     UnsupportedMediaType,
 )
@@ -289,6 +290,8 @@ class _Attention:
     ) -> None:
         self._timer.cancel()
         if self._error is None or self._task is None:
+            if isinstance(error, asyncio.CancelledError):  # a server that stops cancels what is unfinished
+                raise Stopping from None
             return
         others = self._task.uncancel()  # somebody else wants it to end, too: the server is being stopped
         if not others and isinstance(error, asyncio.CancelledError):
@@ -502,11 +505,17 @@ class _Front:
                 await predict(scope, receive, send_with_id)  # the router would cost as much as the answer
             else:
                 await self.app(scope, receive, send_with_id)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if started:
                 return
-            response = _problem(error, request_id.decode(), scope["app"])
-            if _BODY_READ in scope or not _has_body(headers):
+            # A server that stops cancels what is unfinished.
+            cause = Stopping() if isinstance(error, asyncio.CancelledError) else error
+            response = _problem(cause, request_id.decode(), scope["app"])
+            if isinstance(cause, Stopping):
+                if scope["http_version"] in ("1.0", "1.1"):
+                    response.headers["connection"] = "close"
+                await response(scope, receive, send_with_id)
+            elif _BODY_READ in scope or not _has_body(headers):
                 await response(scope, receive, send_with_id)
             else:
                 await _answer_early(response, scope, receive, send_with_id)

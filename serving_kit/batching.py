@@ -38,6 +38,7 @@ from serving_kit.errors import (
     Overloaded,
     RequestTooLarge,
     ServingError,
+    Stopping,
     Unavailable,
 )
 from serving_kit.faults import WorkerDied
@@ -49,6 +50,7 @@ from serving_kit.settings import Settings
 
 THREAD_NAME = "serving-kit-model"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
+_UNHEARD_FORWARD_S = 1.0  # how long a stop waits for a forward whose clients have all left
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
 
 
@@ -157,7 +159,7 @@ class Batcher:
         assert self._loop is not None, "submit() before start(). This is a bug."
         model = self.model
         if model is None or self.scheduler.draining:
-            raise Unavailable("the server is stopping")
+            raise Stopping
         if self._thread is not None and not self._thread.is_alive():
             self._ended(self._thread)  # it could not even say so
         most = self.scheduler.settings.max_queue_size
@@ -218,8 +220,13 @@ class Batcher:
             self._revival.cancel()
         try:
             if thread is not None and self._stopped is not None:
+                waited_for = asyncio.get_running_loop().time()  # when a client last waited for an answer
                 async with asyncio.timeout(drain_s):
                     while thread.is_alive() and not self._stopped.is_set():
+                        now = asyncio.get_running_loop().time()
+                        waited_for = now if self._unanswered else waited_for
+                        if self.model is None or now > waited_for + _UNHEARD_FORWARD_S:
+                            return False
                         with contextlib.suppress(TimeoutError):  # it may die without a word
                             await asyncio.wait_for(self._stopped.wait(), _LOOK_AGAIN_S)
                 thread.join(drain_s)  # it has said that it is done: this is the last microsecond
@@ -228,7 +235,7 @@ class Batcher:
         else:
             return True
         finally:
-            self._answer_everybody(Unavailable("the server has stopped"))
+            self._answer_everybody(Stopping("the server has stopped"))
 
     def abandon(self) -> None:
         """End the thread and let the model go. Any thread; after `stop`, or if the loop has died.
@@ -241,6 +248,12 @@ class Batcher:
             self.scheduler.draining = True
             self.scheduler.evict()
             self._wake.notify()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the model thread's end, after `abandon`. Returns whether it has ended."""
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self.alive
 
     def load(self) -> Load:
         """How much there is to do. Any thread."""
@@ -469,7 +482,7 @@ class Batcher:
     def _model(self) -> Model:
         """The model, held for one step: a forward may outlive `abandon`."""
         if self.model is None:
-            raise Unavailable("the server has stopped")
+            raise Stopping("the server has stopped")
         thread_warnings.put_first()
         return self.model
 

@@ -7,7 +7,8 @@
     │   └── UnsupportedMediaType  a form, or another kind of body, that this task does not take
     ├── InputRejected       readable, but this model cannot take this input
     ├── Overloaded          refused at the door or dropped while waiting   (try again later)
-    │   └── Unavailable         not an overload: loading, draining, stopped, broken
+    │   └── Unavailable         not an overload: loading, broken
+    │       └── Stopping            draining, stopped
     ├── DeadlineExceeded    its time was up, waiting or running
     ├── ClientGone          nobody waits for the answer any more
     └── ModelFailed         the model, or this kit, raised
@@ -25,6 +26,8 @@ from __future__ import annotations
 from serving_kit.records import Outcome, shorten
 
 _LONGEST_DETAIL = 2000  # characters: an exception may quote an input of megabytes
+
+_RESTART_S = 5.0  # Retry-After of a server that stops: about what starting one takes
 
 
 class ServingError(Exception):
@@ -89,6 +92,16 @@ class Unavailable(Overloaded):
     """The server cannot answer now for a reason other than load: draining, stopped, broken."""
 
     outcome = Outcome.UNAVAILABLE
+
+
+class Stopping(Unavailable, RuntimeError):
+    """The server is stopping or has stopped: another one, or the same after a restart, can answer.
+
+    In a cell also a RuntimeError, as Python's own for what is closed.
+    """
+
+    def __init__(self, message: str = "the server is stopping") -> None:
+        super().__init__(message, retry_after=_RESTART_S)
 
 
 class DeadlineExceeded(ServingError):

@@ -47,6 +47,7 @@ _AT_EXIT_S = 1.0  # the kernel is killed 2.5 s after it was asked to go
 T = TypeVar("T")
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_servers: weakref.WeakSet[uvicorn.Server] = weakref.WeakSet()
 
 
 def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
@@ -78,15 +79,34 @@ def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
     raise StartError(f"port {port} is taken by another program; pass another one, or port=0 for any free one")
 
 
+def leave_out_of_children(server: uvicorn.Server) -> None:
+    """Let no forked child inherit the server's connections. Any thread."""
+    _servers.add(server)
+
+
 def _close_in_child() -> None:
-    """A forked child must not keep our ports busy after we have gone."""
+    """A forked child must keep neither our ports busy nor our connections open after we have gone."""
     for sock in list(_sockets):
         with contextlib.suppress(OSError):
             sock.close()
+    connections = [each for server in _servers for each in server.server_state.connections]
+    if not connections:
+        return
+    # The sockets belong to event loops that do not run here. Closing a descriptor behind the back of its
+    # socket object would let that close whatever gets the same number next.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for connection in connections:
+        with contextlib.suppress(OSError, AttributeError):
+            os.dup2(nothing, connection.transport.get_extra_info("socket").fileno(), inheritable=False)
+    os.close(nothing)
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
+
+
+class ServerGone(RuntimeError):
+    """The server has stopped: nothing can run on its loop any more."""
 
 
 class InlineServer:
@@ -153,8 +173,8 @@ class InlineServer:
         """Run a coroutine on the server's loop and wait for its result.
 
         Raises:
-            RuntimeError: called on the server's own thread, where waiting would never end, or the
-                server has stopped.
+            RuntimeError: called on the server's own thread, where waiting would never end.
+            ServerGone: the server has stopped.
             TimeoutError: it took longer than `timeout` seconds; it is cancelled.
         """
         if threading.current_thread() is self._thread:
@@ -172,12 +192,12 @@ class InlineServer:
         """Run a coroutine on the server's loop. If the loop dies, so does the future: none waits for ever.
 
         Raises:
-            RuntimeError: the server has stopped.
+            ServerGone: the server has stopped.
         """
         loop = self.loop
         if loop is None or not self.alive or loop.is_closed():
             coroutine.close()
-            raise RuntimeError("the server has stopped")
+            raise ServerGone("the server has stopped")
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         self._waited_for.add(future)
         future.add_done_callback(self._waited_for.discard)
@@ -202,6 +222,10 @@ class InlineServer:
             then()
         self.run(_finish(retirement))
 
+    def close_port(self) -> None:
+        """Take no new connections, so that another server can have the port. The open ones go on."""
+        self.run(self._stop_listening())
+
     def stop(self, drain_s: float = 5.0) -> bool:
         """End the app and the thread, close the port. Bounded, idempotent.
 
@@ -217,10 +241,10 @@ class InlineServer:
             self._asked_to_end = True
             if self.alive and self._server is not None and self._mounted is not None:
                 try:
-                    self._wait_for(self._mounted.retire(drain_s), drain_s)
+                    self._wait_for(self._mounted.retire(drain_s, cancel=True), drain_s)
                 except BaseException as error:
                     interrupt = error
-                    self._wait_for(self._mounted.end(0), 0)
+                    self._wait_for(self._mounted.retire(0, cancel=True), 0)
                 self._server.should_exit = True
             gone = self._join()
             self._close_port()
@@ -238,7 +262,7 @@ class InlineServer:
     def _give_up_waiting(self) -> None:
         for future in list(self._waited_for):
             with contextlib.suppress(concurrent.futures.InvalidStateError):
-                future.set_exception(RuntimeError("the server has stopped"))
+                future.set_exception(ServerGone("the server has stopped"))
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, None], patience_s: float) -> None:
         """Run a step of the shutdown; if it overruns or the loop has gone, go on to the next."""
@@ -295,6 +319,12 @@ class InlineServer:
                 connection.transport.abort()  # it has outlasted the grace; uvicorn would leave it open
             await self._mounted.end(0)
 
+    async def _stop_listening(self) -> None:
+        assert self._server is not None
+        for server in self._server.servers:
+            server.close()
+        self._close_port()
+
     async def _switch(self, app: ASGIApp, drain_s: float) -> asyncio.Task[None]:
         """Start the new app, make it the present one, and begin to retire the old one."""
         new = _Mounted(app)
@@ -321,6 +351,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
         super().__init__(config)
+        leave_out_of_children(self)
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -334,7 +365,7 @@ class _Mounted:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._state: dict[str, Any] = {}
-        self._active = 0
+        self._requests: set[asyncio.Task[Any]] = set()
         self._nobody = asyncio.Event()
         self._nobody.set()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
@@ -343,14 +374,16 @@ class _Mounted:
         self._lifespan: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._active += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
         self._nobody.clear()
         scope["state"] = self._state.copy()
         try:
             await self._app(scope, receive, send)
         finally:
-            self._active -= 1
-            if not self._active:
+            self._requests.discard(task)
+            if not self._requests:
                 self._nobody.set()
 
     async def begin(self) -> None:
@@ -368,14 +401,30 @@ class _Mounted:
         if self._lifespan.done() and not self._lifespan.cancelled():
             self._lifespan.exception()  # it has no lifespan, and said so by raising
 
-    async def retire(self, timeout: float) -> None:
-        """Let the requests inside finish, then run the app's shutdown: `timeout` seconds in all."""
+    async def retire(self, timeout: float, *, cancel: bool = False) -> None:
+        """Let the requests inside finish, then run the app's shutdown: `timeout` seconds in all.
+
+        Args:
+            timeout: Seconds for both.
+            cancel: Cancel what is not finished by then, which our app answers with 503.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout_at(deadline):
                 await self._nobody.wait()
+        except TimeoutError:
+            if cancel:
+                await self._cancel_requests()
         await self.end(max(0.0, deadline - loop.time()))
+
+    async def _cancel_requests(self) -> None:
+        """Cancel the requests inside, and give them a moment to answer."""
+        for request in self._requests:
+            request.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE_S):
+                await self._nobody.wait()
 
     async def end(self, timeout: float) -> None:
         """Run the app's shutdown. Idempotent; requests that are still inside may finish."""

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,20 +26,26 @@ from starlette.applications import Starlette
 from serving_kit import process_guard
 from serving_kit.app import build_app
 from serving_kit.batching import THREAD_NAME as MODEL_THREAD_NAME
-from serving_kit.errors import ServingError, SettingError, StartError
+from serving_kit.cpus import allowed_cpus
+from serving_kit.errors import ServingError, SettingError, StartError, Stopping
 from serving_kit.guard import Access, access, is_loopback
-from serving_kit.inline_server import InlineServer, bind
+from serving_kit.inline_server import InlineServer, ServerGone, bind
 from serving_kit.loading import load_model
 from serving_kit.metrics import HISTORY_S
+from serving_kit.options import DRAIN_S, OPTIONS, TOKEN_VARIABLE, from_outside, unknown_variables
 from serving_kit.records import BatchReason, Incident
 from serving_kit.service import Service, check_live_timeout
-from serving_kit.settings import Settings, as_python, refuse_unknown
+from serving_kit.settings import KNOBS, Settings, as_python, refuse_unknown
 
-TOKEN_VARIABLE = "SERVING_KIT_TOKEN"
 _PORTS_TO_TRY = 100
+_STOP_SIGNALS = ("SIGTERM", "SIGHUP")  # those that `Server.wait` takes over; Ctrl+C is an exception already
 # Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
 _servers: dict[str, Server] = sys.__dict__.setdefault("_serving_kit_servers", {})
-_lock = threading.RLock()
+# A server is started, replaced and stopped under the lock of its name, so that servers of different names
+# do not wait for each other. Loading has a lock of its own: transformers sets the process's default dtype
+# meanwhile.
+_locks: dict[str, threading.RLock] = sys.__dict__.setdefault("_serving_kit_locks", {})
+_loading = threading.RLock()
 _waiting: dict[threading.Thread, Server] = {}  # model threads that wait for an answer, and whose
 _waiting_lock = threading.Lock()
 
@@ -48,13 +57,25 @@ class Server:
         name: What `serve(name=...)` said; a second server of that name replaces this one.
         url: Where code in this kernel reaches it.
         token: What changing settings wants as bearer token, and other machines for everything.
+        drain_s: Seconds that admitted requests get to finish when it stops.
+        lame_duck_s: Seconds before that in which `/health` says 503 and requests are still answered.
     """
 
-    def __init__(self, service: Service, inline: InlineServer, asked: tuple[str, int], token: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        inline: InlineServer,
+        asked: tuple[str, int],
+        token: str,
+        drain_s: float,
+        lame_duck_s: float,
+    ) -> None:
         self.name = service.name
         self.url = inline.url
         self.token = token
         self.asked = asked  # host and port as serve() was given them
+        self.drain_s = drain_s
+        self.lame_duck_s = lame_duck_s
         self._service = service
         self._inline = inline
         self._replaced = False
@@ -76,17 +97,18 @@ class Server:
             parameters: As for the pipeline.
 
         Raises:
-            ServingError: as HTTP clients get it; a note holds the details.
+            ServingError: as HTTP clients get it; a note holds the details. `Unavailable` if the server has
+                stopped or was replaced.
             RuntimeError: called by the function that this server serves, on its model thread, where the
                 answer would wait for itself; also when several servers would wait in a circle.
         """
-        with _explained(), self._wait():
+        with self._explained(), self._wait():
             return self._inline.run(self._ask(inputs, parameters))
 
     async def predict(self, inputs: Any, **parameters: Any) -> Any:
         """The same for `await`: the cell's event loop goes on while the model works."""
         self._refuse_to_wait_for(threading.current_thread())
-        with _explained():
+        with self._explained():
             return await asyncio.wrap_future(self._inline.submit(self._ask(inputs, parameters)))
 
     async def _ask(self, inputs: Any, parameters: Mapping[str, Any]) -> Any:
@@ -137,11 +159,13 @@ class Server:
 
         Raises:
             SettingError: an unknown knob or a bad value; nothing was changed.
+            Unavailable: the server has stopped or was replaced.
         """
         return self._tune("tune()", knobs)
 
     def _tune(self, by: str, knobs: Mapping[str, Any]) -> Settings:
         """The same; `by` is who asks, for the log."""
+        self._refuse_if_gone()
         return self._service.tune(by, **knobs)
 
     def stats(self, series: int = 0) -> dict[str, Any]:
@@ -209,28 +233,42 @@ class Server:
         """Whether it answers: not stopped, not replaced."""
         return self._inline.alive and not self._service.stopped
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """Finish what was admitted, within `timeout` seconds; close the port; let the model go.
+    def stop(self, timeout: float | None = None) -> None:
+        """Finish what was admitted; close the port; let the model go.
 
-        New requests get 503 meanwhile. Idempotent; a server that was replaced has stopped already.
+        What is not finished in time is answered with 503, and so are new requests meanwhile. Idempotent; a
+        server that was replaced has stopped already. Any thread but the server's own; waits while a newer
+        run of the same name loads its model.
+
+        Args:
+            timeout: Seconds for what was admitted; None: the server's `drain_s`. Before that, `/health`
+                says 503 for the server's `lame_duck_s` while requests are still answered.
         """
-        with _lock:
+        with _lock_of(self.name):
             try:
                 if not self._replaced:
-                    self._service.drain()
-                    self._inline.stop(timeout)
-                    self._service.abandon()  # a loop that has died could not
+                    self._announce_stop()
+                    self._end(self.drain_s if timeout is None else timeout)
             finally:  # also when ■ has ended the patience: it has stopped then, too
                 if _servers.get(self.name) is self:
                     del _servers[self.name]
                 self._finish_panel()
 
     def wait(self) -> None:
-        """Block until ■ (or Ctrl+C), then stop. For scripts, and for cells that should look busy."""
-        with contextlib.suppress(KeyboardInterrupt):
-            while self.running:
-                time.sleep(0.2)
-        self.stop()
+        """Block until ■ (or Ctrl+C), then stop. For scripts, and for cells that should look busy.
+
+        In the main thread of a script, SIGTERM and SIGHUP end it too, unless the script handles them
+        itself; a second one ends the draining. The script goes on after it.
+        """
+        with _signals_caught() as caught:
+            with contextlib.suppress(KeyboardInterrupt):
+                while self.running and not caught:
+                    time.sleep(0.2)
+            try:
+                self.stop()
+            except KeyboardInterrupt:
+                if not caught:
+                    raise
 
     def __enter__(self) -> Server:
         return self
@@ -254,6 +292,51 @@ class Server:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return {"text/plain": repr(self), **self.panel.bundle()}
+
+    @contextlib.contextmanager
+    def _explained(self) -> Any:
+        """In the owner's own cell, an error carries what a client is not told."""
+        self._refuse_if_gone()
+        try:
+            yield
+        except ServerGone:
+            raise Stopping(self._why_gone() or "the server has stopped") from None
+        except ServingError as error:
+            if error.detail:
+                error.add_note(error.detail)
+            if error.incident:
+                error.add_note(f"server.errors() has the traceback, as incident {error.incident}")
+            raise
+
+    def _announce_stop(self) -> None:
+        """Be not ready for `lame_duck_s`; ■ ends the server at once."""
+        if not self.running or not self.lame_duck_s:
+            return
+        self._service.announce_stop()
+        try:
+            time.sleep(self.lame_duck_s)
+        except BaseException:
+            self._end(0)
+            raise
+
+    def _end(self, drain_s: float) -> None:
+        self._service.drain()
+        try:
+            self._inline.stop(drain_s)
+        finally:  # also if its loop has died, or ■ has ended the patience
+            self._service.abandon()
+
+    def _refuse_if_gone(self) -> None:
+        if why := self._why_gone():
+            raise Stopping(why)
+
+    def _why_gone(self) -> str:
+        """Why this handle has no server any more; empty if it has one."""
+        if self._replaced:
+            return "this server has stopped: it was replaced by a newer run of serve()"
+        if self._inline.died:
+            return "the server has stopped: its thread has died. Run serve() again"
+        return "" if self.running else "the server has stopped"
 
     def _finish_panel(self) -> None:
         if self._panel is not None:
@@ -279,6 +362,10 @@ def serve(
     allowed_origins: Sequence[str] = (),
     live_timeout_s: float | None = None,
     require_token: bool = False,
+    drain_s: float = 5.0,
+    lame_duck_s: float = 0.0,
+    threads: int | None = None,
+    stop_first: bool = False,
     **knobs: Any,
 ) -> Server:
     """Serve a model from this process, on a thread of its own. Returns when it can answer.
@@ -314,7 +401,16 @@ def serve(
         require_token: Every request but /live and /health needs the token, also from this machine. For
             behind a proxy on this machine that rewrites `Host`: without it, whoever the proxy lets in
             is taken for a client of this machine.
-        **knobs: Any of `Settings`, such as max_batch_size=8.
+        drain_s: Seconds that admitted requests get to finish when the server stops; the rest is answered
+            with 503.
+        lame_duck_s: Seconds before that in which `/health` says 503 and requests are still answered, so
+            that a load balancer can turn away.
+        threads: torch's threads for one operation. It holds for the whole process, which is yours: None
+            leaves the number alone.
+        stop_first: Stop the running server of that name before the new model is loaded: where both do not
+            fit into memory. Meanwhile clients wait for the new one; if it cannot be loaded, none is left.
+        **knobs: Any of `Settings`, such as max_batch_size=8. The environment's SERVING_KIT_ variables are
+            not for notebooks: this function does not read them.
 
     Raises:
         SettingError: a knob has an unknown name or a bad value.
@@ -324,14 +420,25 @@ def serve(
     settings = Settings(**knobs)
     check_live_timeout(live_timeout_s)
     port = as_python(port)
+    drain_s = OPTIONS["drain_s"].check("drain_s", drain_s)
+    lame_duck_s = OPTIONS["lame_duck_s"].check("lame_duck_s", lame_duck_s)
+    if threads is not None:
+        threads = OPTIONS["threads"].check("threads", threads)
+    _check_host(host)
 
     def load() -> Service:
         if old is not None:
             old._successor_since = time.monotonic()
         try:
-            loaded = load_model(
-                model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
-            )
+            with _loading:
+                loaded = load_model(
+                    model,
+                    task=task,
+                    device=device,
+                    pipeline_kwargs=pipeline_kwargs,
+                    shortcuts=shortcuts,
+                    threads=threads,
+                )
             return Service(
                 loaded, settings, given=knobs, name=name, retry=retry, live_timeout_s=live_timeout_s
             )
@@ -341,12 +448,12 @@ def serve(
             if old is not None:
                 old._successor_since = None
 
-    with _lock:
+    def made(service: Service, inline: InlineServer) -> Server:
+        return Server(service, inline, (host, port), token, drain_s, lame_duck_s)
+
+    with _lock_of(name):
         old = _servers.get(name)
-        if old is not None and not old.running:
-            old.stop()  # its thread has died: what it holds is ours to free
-            old = None
-        token = old.token if old is not None else secrets.token_urlsafe(16)
+        token = old.token if old is not None and old.running else secrets.token_urlsafe(16)
         rule = access(
             token,
             host,
@@ -354,22 +461,44 @@ def serve(
             allowed_origins=allowed_origins,
             require_token=require_token,
         )
-        if old is not None and old.asked == (host, port):
-            server = _take_over(old, load(), rule)
+        wanted = port
+        if old is not None and (stop_first or not old.running):
+            wanted = old._inline.port if old.asked == (host, port) else port
+            old.stop()  # if its thread has died: what it holds is ours to free
+            old = None
+            gc.collect()  # models are full of cycles
+        if old is not None and port in (old.asked[1], old._inline.port) and host == old.asked[0]:
+            server = _take_over(old, made(load(), old._inline), rule)
+        elif old is not None and port and port == old._inline.port:
+            server = _move(old, load, made, (host, port), rule)
         else:
-            sock = bind(host, port, tries=_PORTS_TO_TRY)  # first: a model may take minutes to load
+            sock = bind(host, wanted, tries=_PORTS_TO_TRY)  # first: a model may take minutes to load
             try:
-                server = _start(load(), sock, (host, port), old, rule)
+                server = _start(load(), sock, made, old, rule)
             except BaseException:
                 sock.close()
                 raise
     given = {"task": task, "port": port, "host": host, "name": name, "device": device}
     given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts, "retry": retry}
+    given |= {"allowed_hosts": allowed_hosts, "allowed_origins": allowed_origins}
     given |= {"live_timeout_s": live_timeout_s, "require_token": require_token}
+    given |= {"drain_s": drain_s, "lame_duck_s": lame_duck_s, "threads": threads}
     usual = inspect.signature(serve).parameters
     server._model_code = _as_called(model)
     server._named = {key: value for key, value in given.items() if value != usual[key].default}
     return server
+
+
+def _check_host(host: object) -> None:
+    if not isinstance(host, str) or not host:
+        raise StartError(
+            f'host must be a name or an address, got {host!r}: "127.0.0.1" for this machine only, "0.0.0.0" '
+            "for every network that it is on"
+        )
+
+
+def _lock_of(name: str) -> threading.RLock:
+    return _locks.setdefault(name, threading.RLock())
 
 
 def _as_called(model: Any) -> list[str]:
@@ -393,44 +522,114 @@ def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
     return row | {f"batches.{reason.value}": point["reasons"].get(reason.value, 0) for reason in BatchReason}
 
 
-def _take_over(old: Server, service: Service, rule: Access) -> Server:
+def _take_over(old: Server, server: Server, rule: Access) -> Server:
     """Put a new service behind the socket of a running server."""
-    server = Server(service, old._inline, old.asked, old.token)
     was = _biography(old)
 
     def register() -> None:
         _servers[server.name] = server
         old._become_replaced()
 
-    old._inline.swap(build_app(service, access=rule), then=register)
-    service.log.replaced(service.model_name, server.url)
-    print("; ".join([f"{_introduction(server)}, in place of the one that was {was}", *service.notes]))
+    app = build_app(server._service, access=rule, drain_s=server.drain_s)
+    old._inline.swap(app, old.drain_s, then=register)
+    server._service.log.replaced(server._service.model_name, server.url)
+    _say(f"{_introduction(server)}, in place of the one that was {was}", server)
     return server
 
 
+def _move(
+    old: Server,
+    load: Callable[[], Service],
+    made: Callable[[Service, InlineServer], Server],
+    address: tuple[str, int],
+    rule: Access,
+) -> Server:
+    """Replace a running server by one that listens to another host on the same port.
+
+    The system gives no port to two sockets whose addresses overlap, so the old one closes its own when the
+    new model is loaded, and finishes what it has admitted when the new one answers.
+    """
+    bind(address[0], 0).close()  # whether that host can be had at all, while the old one still answers
+    service = load()
+    old._inline.close_port()
+    try:
+        return _start(service, bind(*address, tries=_PORTS_TO_TRY), made, old, rule)
+    except BaseException:
+        old.stop()
+        raise
+
+
 def _start(
-    service: Service, sock: socket.socket, asked: tuple[str, int], old: Server | None, rule: Access
+    service: Service,
+    sock: socket.socket,
+    made: Callable[[Service, InlineServer], Server],
+    old: Server | None,
+    rule: Access,
 ) -> Server:
     """Start a service on a socket of its own, and stop the server of that name, if there is one."""
     inline = InlineServer(build_app(service, access=rule), sock)
+    server = made(service, inline)
     inline.start()
-    server = _servers[service.name] = Server(service, inline, asked, rule.token or "")
+    _servers[server.name] = server
     note = _introduction(server)
-    host, port = asked
+    host, port = server.asked
     if port not in (0, inline.port):
-        note += f", because port {port} is taken by another program"
+        note += f", because port {port} is taken by {_holder(port)}"
     if not is_loopback(host):
         note += (
             ". Other machines can reach it, so everything needs server.token: as Authorization: Bearer "
             "<token>, or once as /?token=<token> in a browser"
         )
-    print("; ".join([note, *service.notes]))
+    _say(note, server)
     if old is not None:
         print(f"the one at {old.url} ({_biography(old)}) stops")
         service.log.replaced(service.model_name, server.url)
-        old._inline.stop()
+        old._inline.stop(old.drain_s)
         old._become_replaced()
     return server
+
+
+def _holder(port: int) -> str:
+    """Who has a port that could not be bound."""
+    ours = (each.name for each in servers() if each._inline.port == port)
+    return f"the server {name!r}" if (name := next(ours, None)) is not None else "another program"
+
+
+def _in_a_script() -> bool:
+    """Whether the process ends with the code that runs now: no kernel, no interactive interpreter."""
+    if hasattr(sys, "ps1") or sys.flags.interactive or sys.flags.inspect:
+        return False
+    ipython = sys.modules.get("IPython")
+    return ipython is None or ipython.get_ipython() is None
+
+
+def _say(line: str, server: Server) -> None:
+    """Print the one line of `serve()`, with what its owner should know, in the caller's own cell."""
+    hint = ["a script must call server.wait(), or the server ends with it"] if _in_a_script() else []
+    print("; ".join([line, *server._service.notes, *hint]))
+
+
+@contextlib.contextmanager
+def _signals_caught() -> Iterator[list[int]]:
+    """The stop signals that have come, in the main thread of a script; a second one interrupts."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread() and _in_a_script():
+        for name in _STOP_SIGNALS:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_all() -> None:
@@ -458,13 +657,23 @@ def create_app(
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     live_timeout_s: float | None = None,
-    require_token: bool = False,
+    require_token: bool | None = None,
+    drain_s: float | None = None,
+    threads: int | None = None,
     **knobs: Any,
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and its like.
 
-    The model is loaded when the app starts, once. An app that is mounted in another one starts with the
-    lifespan of that one, which has to pass it on; until then every route but /live answers 503 and says so:
+    The model is loaded when the app starts, once. What is not given here is taken from the environment
+    (SERVING_KIT_MODEL, SERVING_KIT_MAX_BATCH_SIZE and so on), then from the TOML file that
+    SERVING_KIT_SETTINGS names.
+
+    How long a stop takes is up to the ASGI server, too: say `uvicorn --timeout-graceful-shutdown 30`. What it
+    then cuts off is answered with 503. It closes the port before the app hears of the stop, so there is no
+    lame-duck time here.
+
+    An app that is mounted in another one starts with the lifespan of that one, which has to pass it on; until
+    then every route but /live answers 503 and says so:
 
         model_app = serving_kit.create_app()
 
@@ -492,42 +701,53 @@ def create_app(
         allowed_origins: As for `serve()`.
         live_timeout_s: As for `serve()`.
         require_token: As for `serve()`.
+        drain_s: Seconds for what is still admitted when the ASGI server ends the app's lifespan; default 30.
+        threads: torch's threads for one operation, in the whole process. Default: the CPUs that affinity and
+            cgroup quota allow, at most as many as torch itself would take. Divide them among the processes
+            if there are several.
         **knobs: Any of `Settings`.
 
     Raises:
-        SettingError: a knob has an unknown name or a bad value, or a token is required and there is none.
+        SettingError: a knob has an unknown name or a bad value, the text names its source; or a token is
+            required and there is none.
     """
     refuse_unknown(knobs)
-    settings = Settings(**knobs)
+    for warning in unknown_variables(os.environ):
+        warnings.warn(warning, stacklevel=2)
+    outside = from_outside(os.environ)
+    given = {name: outside[name] for name in KNOBS if name in outside} | knobs
+    settings = Settings(**given)
+    if model is None or isinstance(model, (str, os.PathLike)):  # the others are for loading by name
+        model = outside.get("model") if model is None else model
+        task = task or outside.get("task")
+        device = outside.get("device") if device is None else device
+    live_timeout_s = outside.get("live_timeout_s") if live_timeout_s is None else live_timeout_s
     check_live_timeout(live_timeout_s)
+    threads = outside.get("threads") if threads is None else OPTIONS["threads"].check("threads", threads)
+    drain_s = (
+        outside.get("drain_s", DRAIN_S) if drain_s is None else OPTIONS["drain_s"].check("drain_s", drain_s)
+    )
 
     def make_service() -> Service:
         loaded = load_model(
-            model, task=task, device=device, pipeline_kwargs=pipeline_kwargs, shortcuts=shortcuts
+            model,
+            task=task,
+            device=device,
+            pipeline_kwargs=pipeline_kwargs,
+            shortcuts=shortcuts,
+            threads=threads,
+            most_threads=allowed_cpus(),
         )
-        return Service(loaded, settings, given=knobs, name=name, retry=retry, live_timeout_s=live_timeout_s)
+        return Service(loaded, settings, given=given, name=name, retry=retry, live_timeout_s=live_timeout_s)
 
     rule = access(
         token or os.environ.get(TOKEN_VARIABLE) or None,
-        allowed_hosts=allowed_hosts,
-        allowed_origins=allowed_origins,
+        allowed_hosts=allowed_hosts or outside.get("allowed_hosts", ()),
+        allowed_origins=allowed_origins or outside.get("allowed_origins", ()),
         public=public,
-        require_token=require_token,
+        require_token=bool(outside.get("require_token") if require_token is None else require_token),
     )
-    return build_app(make_service, access=rule)
-
-
-@contextlib.contextmanager
-def _explained() -> Any:
-    """In the owner's own cell, an error carries what a stranger is not told."""
-    try:
-        yield
-    except ServingError as error:
-        if error.detail:
-            error.add_note(error.detail)
-        if error.incident:
-            error.add_note(f"server.errors() has the traceback, as incident {error.incident}")
-        raise
+    return build_app(make_service, access=rule, drain_s=drain_s)
 
 
 def _introduction(server: Server) -> str:

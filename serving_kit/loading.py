@@ -8,7 +8,9 @@ Not here: what a model does with an input (`models.py`).
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,22 @@ from serving_kit.tasks import refuse_unserved
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
+_HUB_PATIENCE_S = 10.0
+# By the end of the architecture's name in config.json.
+_TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForObjectDetection": "object-detection",
+    "ForCTC": "automatic-speech-recognition",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "Model": "feature-extraction",
+}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 ServedModel = PipelineModel | CallableModel
 
@@ -31,6 +49,8 @@ def load_model(
     device: Any = None,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     shortcuts: bool = True,
+    threads: int | None = None,
+    most_threads: int | None = None,
 ) -> ServedModel:
     """Load what `serve(model)` was given, and warm it up.
 
@@ -43,11 +63,17 @@ def load_model(
         device: As for `transformers.pipeline`; None takes the first accelerator, else the CPU.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
         shortcuts: Take shorter roads to the same answers (`mask_head.py`, `fast_linear.py`).
+        threads: torch's threads for one operation, in the whole process; None leaves them as they are.
+        most_threads: Fewer of them, if they are more than this and neither `threads` nor the environment
+            (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`) says how many there should be.
 
     Raises:
         StartError: with what to do about it.
     """
     served: ServedModel
+    if model is None or isinstance(model, (str, os.PathLike)):
+        _import_transformers()
+    _set_threads(threads, most_threads)
     if model is None:
         pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
         served = PipelineModel(pipe, DEMO_NAME, shortcuts)
@@ -74,12 +100,29 @@ def load_model(
     return served
 
 
-def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> Any:
+def _import_transformers() -> None:
     try:
-        from transformers import pipeline
-        from transformers.pipelines import PIPELINE_REGISTRY
+        import torch  # noqa: F401
+        from transformers import pipeline  # noqa: F401
     except ImportError as error:
         raise StartError("serving a model by name needs transformers and torch: pip install torch") from error
+
+
+def _set_threads(threads: int | None, most: int | None) -> None:
+    """Tell torch, if anything has imported it. Other threads take the number over when they first use it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    if threads is None and most is not None and not any(name in os.environ for name in _THREAD_VARIABLES):
+        threads = min(most, torch.get_num_threads())
+    if threads is not None and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> Any:
+    from transformers import pipeline
+    from transformers.pipelines import PIPELINE_REGISTRY
+
     if device is not None:
         kwargs["device"] = device
     try:
@@ -87,11 +130,59 @@ def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str,
             refuse_unserved(
                 PIPELINE_REGISTRY.check_task(task)[0]
             )  # before the weights, which may take minutes
-        return pipeline(task=task, model=source, **kwargs)
-    except StartError:
-        raise
+        place = _where(source, kwargs)
+        if task is None and os.path.isdir(place):
+            _refuse_without_task(place)
+        return pipeline(task=task, model=place, **kwargs)
+    except StartError as error:
+        raise StartError(f"cannot load {source!r}: {error}") from None
     except Exception as error:
         raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
+
+
+def _where(source: str, kwargs: Mapping[str, Any]) -> str:
+    """What to load an id from: the Hub, or if that cannot be reached the folder of the cached copy.
+
+    huggingface_hub itself tries six times for every file, which is half a minute for an id that is
+    misspelt.
+    """
+    if os.path.isdir(source):
+        return source
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    if not constants.is_offline_mode():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_HUB_PATIENCE_S)
+        except Exception:  # its kinds belong to whatever library the session is of
+            pass
+        else:
+            return source
+    cache = (kwargs.get("model_kwargs") or {}).get("cache_dir")
+    return str(
+        snapshot_download(source, revision=kwargs.get("revision"), cache_dir=cache, local_files_only=True)
+    )
+
+
+def _refuse_without_task(folder: str) -> None:
+    """Only the Hub states a model's task; its folder can suggest one.
+
+    Raises:
+        StartError: with the task to pass, unless the folder brings a pipeline of its own.
+    """
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise StartError("that folder has no config.json that can be read: it holds no model") from None
+    if config.get("custom_pipelines"):
+        return
+    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    task = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+    if task == "text-classification" and Path(folder, "preprocessor_config.json").exists():
+        task = "audio-classification"
+    advice = f"task={task!r}, which fits a {architecture}" if task else "such as task='fill-mask'"
+    raise StartError(
+        f"its task cannot be found out here: only the Hub states it, for an id. Pass it: {advice}"
+    )
 
 
 def _explain(error: BaseException) -> str:
@@ -107,7 +198,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "out of memory" in story.lower():
         return (
             "out of memory. Free some (stop other servers, restart other kernels), take a smaller model, "
-            "or load in half precision: pipeline_kwargs={'dtype': 'float16'}"
+            "load in half precision (pipeline_kwargs={'dtype': 'float16'}), or if this replaces a running "
+            "server, stop that first: serve(..., stop_first=True)"
         )
     if "GatedRepoError" in names:
         return "its owner has to grant you access on the Hub first; then log in with `hf auth login`"

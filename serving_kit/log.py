@@ -20,7 +20,6 @@ Not here: which handlers there are in a kernel (`process_guard.py`).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -239,18 +238,6 @@ class JsonFormatter(logging.Formatter):
         if trace := record.exc_text or (self.formatException(record.exc_info) if record.exc_info else ""):
             document["traceback"] = trace
         return json.dumps(document, default=str)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --log-level, --log-format and --access-log."""
-    group = parser.add_argument_group("log", "on stderr; one line per failed request, bounded for each cause")
-    group.add_argument(
-        "--log-level", choices=LEVELS, default="info", help="least level (default: %(default)s)"
-    )
-    group.add_argument(
-        "--log-format", choices=FORMATS, default="text", help="json: one object per line (default: text)"
-    )
-    group.add_argument("--access-log", action="store_true", help="one line per HTTP request as well")
 
 
 def configure(level: str = "info", form: str = "text") -> None:

@@ -37,6 +37,7 @@ from serving_kit.errors import (
     Overloaded,
     ServingError,
     SettingError,
+    Stopping,
 )
 from serving_kit.forward import Model, Result
 from serving_kit.log import ServerLog
@@ -217,6 +218,8 @@ class Service:
         self.clock = clock
         self.live_timeout_s = live_timeout_s
         self.started_at: float | None = None
+        self.leaving = False  # it will stop soon, and says so on /health
+        self.draining_since: float | None = None
         self.stopped = False
         self.held = 0  # bytes of the bodies of all requests under way
         self.metrics = Metrics()
@@ -245,17 +248,29 @@ class Service:
         self.batcher.start()
         self.started_at = self.clock()
 
+    def announce_stop(self) -> None:
+        """Be not ready (`/health`) from now on, while requests are still admitted. Any thread."""
+        self.leaving = True
+
     def drain(self) -> None:
         """Refuse new requests from now on; the admitted ones are finished. Any thread."""
+        if self.draining_since is None:
+            self.draining_since = self.clock()
         self.batcher.drain()
 
     async def stop(self, drain_s: float = 5.0) -> bool:
-        """Refuse new requests, finish the admitted ones within `drain_s` seconds, let the model go.
+        """Refuse new requests, finish the admitted ones, let the model go.
 
-        Returns whether everything was finished in time; what was not has been answered with 503.
+        Args:
+            drain_s: Seconds for the admitted ones, counted from the first call of `drain()`.
+
+        Returns:
+            Whether everything was finished in time; what was not has been answered with 503.
         """
+        self.drain()
+        waited = self.clock() - (self.draining_since or 0.0)
         try:
-            return await self.batcher.stop(drain_s)
+            return await self.batcher.stop(max(0.0, drain_s - waited))
         finally:
             self.abandon()
             self.log.close()
@@ -265,6 +280,10 @@ class Service:
         self.stopped = True
         self.model = None
         self.batcher.abandon()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the model thread's end, after `stop` or `abandon`. Returns whether it has ended."""
+        return self.batcher.join(timeout)
 
     # -- one request -----------------------------------------------------------------------------
 
@@ -346,7 +365,10 @@ class Service:
 
         Raises:
             SettingError: an unknown knob or a bad value; nothing was changed.
+            Unavailable: the server has stopped.
         """
+        if self.stopped:
+            raise Stopping("the server has stopped")
         with self._tuning:
             before = self.settings
             settings = before.replace(**changes)
@@ -380,7 +402,7 @@ class Service:
             return "stopped", "the server has stopped"
         if self.started_at is None:
             return "starting", "the model is not ready yet"
-        if self.batcher.scheduler.draining:
+        if self.leaving or self.batcher.scheduler.draining:
             return "draining", "the server is stopping"
         if trouble := self.batcher.trouble():
             return "failed", trouble

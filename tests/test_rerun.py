@@ -99,7 +99,8 @@ def refuses(port: int) -> bool:
 
 def test_serve_returns_a_server_that_answers_over_http_and_without(serve: Any, capsys: Any) -> None:
     server = serve(lambda values: [value.upper() for value in values])
-    assert capsys.readouterr() == (f"serving <lambda> (function, python) at {server.url}\n", "")
+    line = f"serving <lambda> (function, python) at {server.url}; a script must call server.wait(), or the "
+    assert capsys.readouterr() == (f"{line}server ends with it\n", "")
     assert ask(server, "hello") == (200, '"HELLO"')
     assert server("hello") == "HELLO"
     assert server(["a", "b"]) == ["A", "B"]
