@@ -97,6 +97,7 @@ class Batcher:
     on_batch: Callable[[BatchRecord], None]
     on_error: Callable[[ServingError, BaseException], None]  # keeps the details, sets error.incident
     on_breaker: Callable[[Gate, str], None] = lambda gate, reason: None  # its new state, and why
+    on_cost_given_up: Callable[[str], None] = lambda reason: None  # why it is not trusted any more
     clock: Callable[[], float] = time.monotonic
     breaker: Breaker = field(default_factory=Breaker)
     running: Running | None = None  # the forward that runs
@@ -437,9 +438,11 @@ class Batcher:
                 self.scheduler.finished(self.clock(), ok=False)
             return
         with self._wake:
-            self.scheduler.finished(call.ended, ok=True, started=call.started)
+            given_up = self.scheduler.finished(call.ended, ok=True, started=call.started)
         self._answer(call, call.started)
         self.on_batch(call.record(batch.reason, batch.left_waiting))
+        if given_up:
+            self.on_cost_given_up(given_up)
 
     def _run_again(self, items: Sequence[Item], left_waiting: int) -> Call:
         """A part of a batch that raised."""

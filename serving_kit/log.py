@@ -6,7 +6,7 @@ shows WARNING and above on stderr; in a kernel `process_guard.py` keeps the line
     serving_kit          ERROR    a request failed, with its traceback; the model thread died; the device
                                   is lost
                          WARNING  a request was shed, expired or met an unavailable server; the breaker
-                                  opened; the panel failed
+                                  opened; the learned cost was given up; the panel failed
                          INFO     a request that its client must change, or whose client left; the breaker
                                   closed; settings changed; a server was replaced
     serving_kit.access   INFO     one line per HTTP request, where `build_app(access_log=True)` asks for it
@@ -136,6 +136,10 @@ class ServerLog:
         level = levels.get(state, logging.WARNING)
         fields = {"breaker": state, **({"reason": reason} if reason else {})}
         self._write(level, f"the breaker is {state}", fields)
+
+    def cost_given_up(self, reason: str) -> None:
+        """The learned cost was wrong; budget and admission do without it until it is learned again."""
+        self._write(logging.WARNING, "the learned cost was given up", {"reason": reason})
 
     def settings(self, by: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Settings were changed by `by`; both mappings have the same names."""

@@ -267,17 +267,20 @@ class Scheduler:
         retry_after = self.drain_time(now) if dropped else None
         return Decision(decision.batch, decision.wake_at, tuple(dropped), retry_after)
 
-    def finished(self, now: float, *, ok: bool, started: float | None = None) -> None:
+    def finished(self, now: float, *, ok: bool, started: float | None = None) -> str:
         """The running batch has ended. No effect if `evict` took it out meanwhile.
 
         Args:
             now: When it ended.
             ok: Whether the model answered; only such batches teach the cost model.
             started: When the forward itself began, if later than the decision.
+
+        Returns:
+            Why the learned cost was given up because of this batch; empty if it was not.
         """
         batch, self._running = self._running, None
         if batch is None:
-            return
+            return ""
         for item in batch.items:
             item.state = State.DONE
             if not ok:
@@ -287,10 +290,11 @@ class Scheduler:
         self._returning.batch_ended(now, len(batch.items))
         begun = batch.items[0].started if started is None else started
         if ok and begun is not None:
-            self._learn(batch, now - begun, now)
+            return self._learn(batch, now - begun, now)
+        return ""
 
-    def _learn(self, batch: Batch, seconds: float, now: float) -> None:
-        """Let a batch that was answered correct the cost, or end the trust in it."""
+    def _learn(self, batch: Batch, seconds: float, now: float) -> str:
+        """Let a batch that was answered correct the cost, or end the trust in it. Returns why it did."""
         self.cost.observe(batch.padded_tokens, seconds)
         # A batch that was kept small to try out its size says nothing about how fast the queue drains.
         tried = batch.reason is BatchReason.BUDGET and self.cost.grows(self._limit_s)
@@ -302,8 +306,9 @@ class Scheduler:
         self._adapt_reserve(len(batch.items), 0, now)
         if self._in_time:
             self.watchdog.batch_done(late=2 * sum(i.deadline < now for i in batch.items) > len(batch.items))
-        if self.watchdog.verdict(now):
+        if why := self.watchdog.verdict(now):
             self.cost.relearn()
+        return why
 
     def evict(self) -> list[Item]:
         """Take out everything that is waiting or running, oldest first. For crashes and for stop."""

@@ -230,6 +230,7 @@ class Service:
             on_batch=self.metrics.add_batch,
             on_error=self._keep_fault,
             on_breaker=lambda gate, reason: self.log.breaker(gate.value, reason),
+            on_cost_given_up=self.log.cost_given_up,
             clock=clock,
             retry=retry,
         )

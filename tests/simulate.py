@@ -157,10 +157,10 @@ def simulate(
                 outcome.ends.append(End(item.tokens, how, now - item.arrived, item.arrived))
                 if clients:
                     later(now + turnaround(), "arrival")
-            scheduler.finished(now, ok=True)
+            if why := scheduler.finished(now, ok=True):
+                assert why in scheduler.doubt(now)
+                outcome.doubts.add(why)
             running = None
-            if doubt := scheduler.doubt(now):
-                outcome.doubts.add(doubt)
         if running is None:  # the model thread prepares between two forwards
             for item in scheduler.unprepared():
                 scheduler.ready(item, item.payload, "g")
