@@ -22,7 +22,7 @@ from serving_kit.tasks import refuse_unserved
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
-_HUB_PATIENCE_S = 10.0
+_HUB_PATIENCE_S = 5.0
 # By the end of the architecture's name in config.json.
 _TASKS = {
     "ForMaskedLM": "fill-mask",
