@@ -37,6 +37,7 @@ _FIRST_SPREAD = 0.5  # mean |log(actual / predicted)| before anything is known a
 _LEAST_SPREAD = 0.05
 _GAIN_RANGE = (0.1, 0.9)
 _GAIN_DOWNWARDS = 0.5  # for a surprise of being faster: refusing by an outdated cost is the worse mistake
+_LEVEL_RANGE = (0.25, 4.0)  # then the shape takes it over
 _SURPRISE = math.log(2)  # plus two mean errors
 _HICCUP = math.log(3)
 _QUANTILE = 0.95
@@ -137,6 +138,8 @@ class CostModel:
             error = self._error(x, seconds)  # what the level does not explain
             seconds *= math.exp(_clipped(error) - error)
         self._fit(x, seconds / self.level)
+        if not _LEVEL_RANGE[0] < self.level < _LEVEL_RANGE[1]:
+            self._rebase()
         self.largest = max(x, self.largest * _LARGEST_FORGET)
         self.observations += 1
 
@@ -180,6 +183,14 @@ class CostModel:
         self._spread = max(_LEAST_SPREAD, self._spread + _SIGNAL_RATE * (abs(error) - self._spread))
         self._tail += _QUANTILE_RATE * (_QUANTILE if error > self._tail else _QUANTILE - 1)
         self._tail = min(max(self._tail, _TAIL_RANGE[0]), _TAIL_RANGE[1])
+
+    def _rebase(self) -> None:
+        """Make the present level 1: only its product with the shape is determined, and both could drift."""
+        scale, self.level = self.level, 1.0
+        self._a, self._b = self._a * scale, self._b * scale
+        self._w, self._wx, self._wxx = self._w / scale**2, self._wx / scale**2, self._wxx / scale**2
+        self._wt, self._wxt = self._wt / scale, self._wxt / scale
+        self._actual, self._ideal = self._actual * scale, self._ideal * scale
 
     def _slopes(self) -> tuple[float, float]:
         """The least and the greatest seconds per token that the data allow, at level 1."""

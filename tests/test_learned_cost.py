@@ -4,11 +4,14 @@ Each run is compared with an oracle: the same scheduler with a cost that is the 
 """
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serving_kit.cost import CostModel
 from serving_kit.scheduler import Decision, Drop, Item, Scheduler
@@ -115,6 +118,31 @@ def test_one_hiccup_moves_little() -> None:
     for _ in range(3):
         cost.observe(500, before)
     assert cost.seconds(500) == pytest.approx(before, rel=0.1)
+
+
+@given(
+    start=st.floats(1e-6, 100),
+    factors=st.lists(st.sampled_from([1e-3, 0.02, 0.5, 1.0, 1.5, 40.0, 1e3]), min_size=1, max_size=8),
+    noise=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_cost_follows_any_changes_and_stays_finite(
+    start: float, factors: list[float], noise: float, seed: int
+) -> None:
+    """Level and shape determine each other's product only, so neither may run away."""
+    dice, cost, speed = random.Random(seed), CostModel(), start
+    for factor in factors:
+        speed = min(max(speed * factor, 1e-7), 1e4)
+        for _ in range(400):
+            x = dice.randint(1, 2000)
+            cost.observe(x, speed * (1 + x / 100) * math.exp(dice.gauss(0, noise)))
+    for x in (20, 200, 2000):
+        assert cost.seconds(x) == pytest.approx(speed * (1 + x / 100), rel=0.2 + 2 * noise)
+        assert cost.high(x) >= cost.seconds(x) > 0
+    assert 0.2 < cost.level < 5
+    assert 1 <= cost.budget(1.0) <= 100_000_000
+    assert math.isfinite(cost.drain(50, 5000, 32, 1.0))
 
 
 # -- at the start, and after a quiet time ------------------------------------------------------------
