@@ -54,7 +54,7 @@ from serving_kit.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
-from serving_kit.guard import Access, Headers
+from serving_kit.guard import WHERE_THE_TOKEN_IS, Access, Headers
 from serving_kit.metrics import HISTORY_S, gauge
 from serving_kit.openapi import describe
 from serving_kit.service import Service
@@ -433,11 +433,15 @@ def _owner_only(request: Request, what: str) -> None:
     """Raise unless the request carries the token itself; the cookie of a browser is not enough."""
     access: Access = request.app.state.access
     if access.token is None:
-        raise HTTPException(403, f"this server was started without a token, and {what} needs one")
+        raise HTTPException(
+            403,
+            f"this server was started without a token, and {what} needs one: set SERVING_KIT_TOKEN, or pass "
+            "create_app(token=...)",
+        )
     if not access.holds_token(_headers(request.scope)):
         raise HTTPException(
             401,
-            f"{what} needs the token that the panel shows: Authorization: Bearer <token>",
+            f"{what} needs the token ({WHERE_THE_TOKEN_IS}): Authorization: Bearer <token>",
             {"www-authenticate": "Bearer"},
         )
 

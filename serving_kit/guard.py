@@ -32,6 +32,7 @@ from serving_kit.errors import SettingError
 
 Headers = Mapping[bytes, bytes]  # by name in lower case
 _OPEN = ("/live", "/health")  # for probes, which cannot send a token; they say one word and a reason
+WHERE_THE_TOKEN_IS = "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
 _READING = ("GET", "HEAD")
 
 
@@ -94,7 +95,7 @@ class Access:
             return Refusal(
                 403,
                 "this server does not know the name that it is asked by; ask 127.0.0.1 or localhost, open "
-                "/?token=... in the browser with server.token, or name it in allowed_hosts",
+                f"/?token=<token> in the browser ({WHERE_THE_TOKEN_IS}), or name it in allowed_hosts",
             )
         if self.token is None:
             return Refusal(
@@ -104,7 +105,8 @@ class Access:
             )
         return Refusal(
             401,
-            "this server wants its token: Authorization: Bearer <token>, or /?token=<token> in a browser",
+            f"this server needs its token ({WHERE_THE_TOKEN_IS}): Authorization: Bearer <token>, or "
+            "/?token=<token> in a browser",
             {"www-authenticate": "Bearer"},
         )
 

@@ -336,7 +336,7 @@ class Server:
             return "this server has stopped: it was replaced by a newer run of serve()"
         if self._inline.died:
             return "the server has stopped: its thread has died. Run serve() again"
-        return "" if self.running else "the server has stopped"
+        return "" if self.running else "the server has stopped: run serve() again"
 
     def _finish_panel(self) -> None:
         if self._panel is not None:
@@ -416,7 +416,7 @@ def serve(
         SettingError: a knob has an unknown name or a bad value.
         StartError: the model cannot be loaded, or nothing can listen there; says what to do.
     """
-    refuse_unknown(knobs)
+    refuse_unknown(knobs, inspect.signature(serve).parameters)
     settings = Settings(**knobs)
     check_live_timeout(live_timeout_s)
     port = as_python(port)
@@ -533,7 +533,7 @@ def _take_over(old: Server, server: Server, rule: Access) -> Server:
     app = build_app(server._service, access=rule, drain_s=server.drain_s)
     old._inline.swap(app, old.drain_s, then=register)
     server._service.log.replaced(server._service.model_name, server.url)
-    _say(f"{_introduction(server)}, in place of the one that was {was}", server)
+    _say(f"{_introduction(server)}, in place of the one that was {was}", server, rule)
     return server
 
 
@@ -572,17 +572,14 @@ def _start(
     inline.start()
     _servers[server.name] = server
     note = _introduction(server)
-    host, port = server.asked
+    _, port = server.asked
     if port not in (0, inline.port):
         note += f", because port {port} is taken by {_holder(port)}"
-    if not is_loopback(host):
-        note += (
-            ". Other machines can reach it, so everything needs server.token: as Authorization: Bearer "
-            "<token>, or once as /?token=<token> in a browser"
-        )
-    _say(note, server)
     if old is not None:
-        print(f"the one at {old.url} ({_biography(old)}) stops")
+        place = "" if old.url == server.url else f" at {old.url}"
+        note += f", in place of the one{place} that was {_biography(old)}"
+    _say(note, server, rule)
+    if old is not None:
         service.log.replaced(service.model_name, server.url)
         old._inline.stop(old.drain_s)
         old._become_replaced()
@@ -603,10 +600,22 @@ def _in_a_script() -> bool:
     return ipython is None or ipython.get_ipython() is None
 
 
-def _say(line: str, server: Server) -> None:
+def _say(line: str, server: Server, rule: Access) -> None:
     """Print the one line of `serve()`, with what its owner should know, in the caller's own cell."""
-    hint = ["a script must call server.wait(), or the server ends with it"] if _in_a_script() else []
-    print("; ".join([line, *server._service.notes, *hint]))
+    notes = [line, *server._service.notes]
+    if rule.private:
+        who = (
+            "every request"
+            if is_loopback(server.asked[0])
+            else "other machines can reach it, so every request"
+        )
+        notes.append(
+            f"{who} needs server.token: as Authorization: Bearer <token>, or once as /?token=<token> in a "
+            "browser"
+        )
+    if _in_a_script():
+        notes.append("a script must call server.wait(), or the server ends with it")
+    print("; ".join(notes))
 
 
 @contextlib.contextmanager
@@ -711,7 +720,7 @@ def create_app(
         SettingError: a knob has an unknown name or a bad value, the text names its source; or a token is
             required and there is none.
     """
-    refuse_unknown(knobs)
+    refuse_unknown(knobs, inspect.signature(create_app).parameters)
     for warning in unknown_variables(os.environ):
         warnings.warn(warning, stacklevel=2)
     outside = from_outside(os.environ)

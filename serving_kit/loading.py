@@ -81,12 +81,21 @@ def load_model(
         pipe = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
         served = PipelineModel(pipe, short_name(os.fspath(model)), shortcuts)
     elif task or device is not None or pipeline_kwargs:
-        raise StartError("task, device and pipeline_kwargs are for loading a model by its id or folder")
+        raise StartError(
+            "task, device and pipeline_kwargs are for loading a model by its id or folder; give them to "
+            "transformers.pipeline(...) where you make the pipeline"
+        )
     elif all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
         served = PipelineModel(model, shortcuts=shortcuts)
     elif callable(model):
         if _is_async(model):
             raise StartError(f"{_name(model)} must be a plain function from a list to a list, not async")
+        if hasattr(model, "named_parameters") and hasattr(model, "state_dict"):
+            raise StartError(
+                f"{_name(model)} is a model without its tokenizer; pass transformers.pipeline(task, "
+                "model=model, tokenizer=tokenizer)"
+            )
+        _refuse_what_takes_no_list(model)
         served = CallableModel(model)
     else:
         raise StartError(
@@ -229,6 +238,21 @@ def _is_async(model: Any) -> bool:
         for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
         for each in (model, type(model).__call__)
     )
+
+
+def _refuse_what_takes_no_list(function: Any) -> None:
+    """Raise `StartError` if a function cannot be called with one list and nothing else."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind([])
+    except TypeError as error:
+        raise StartError(
+            f"{_name(function)} cannot be called with one list of inputs ({error}); what else it needs must "
+            "have a default, or be held by functools.partial"
+        ) from None
 
 
 def _name(value: Any) -> str:

@@ -29,7 +29,7 @@ from serving_kit.fast_linear import use_fast_linear
 from serving_kit.forward import Prepared
 from serving_kit.mask_head import MaskHead, mask_head
 from serving_kit.positions import most_positions
-from serving_kit.tasks import Task, contract
+from serving_kit.tasks import Task, contract, task_name
 from serving_kit.twin import own_pipeline, structure, twin
 
 _WARM_UP_S, _FEWEST_TIMINGS = 0.15, 3
@@ -112,6 +112,7 @@ class PipelineModel:
         given = self.pipe
         self.task = contract(given)
         self.pipe = pipe = own_pipeline(given)
+        pipe.task = task_name(pipe.task)
         self._given, self._given_parts = weakref.ref(given), (given.model, given.tokenizer)
         self.name = self.name or _display_name(pipe)
         self.longest = most_positions(pipe)

@@ -31,7 +31,7 @@ PREFIX = "SERVING_KIT_"
 SETTINGS_VARIABLE = f"{PREFIX}SETTINGS"
 TOKEN_VARIABLE = f"{PREFIX}TOKEN"
 _OTHERS = (SETTINGS_VARIABLE, TOKEN_VARIABLE, f"{PREFIX}URL")
-DRAIN_S = 30.0  # as long as Kubernetes waits by default between SIGTERM and SIGKILL
+DRAIN_S = 25.0  # Kubernetes waits 30 s by default between SIGTERM and SIGKILL
 
 # What Kubernetes sets in every pod beside a Service of the name serving-kit:
 # SERVING_KIT_SERVICE_HOST=10.0.0.1, SERVING_KIT_PORT=tcp://10.0.0.1:80 and more.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -166,10 +166,15 @@ def as_python(value: Any) -> Any:
     return value
 
 
-def refuse_unknown(names: Mapping[str, Any]) -> None:
-    """Raise `SettingError` for the first name that is not a knob, with the nearest one that is."""
+def refuse_unknown(names: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+    """Raise `SettingError` for the first name that is not a knob, with the nearest one that is.
+
+    Args:
+        names: What was given.
+        others: More names that could be meant.
+    """
     for name in names:
         if name not in KNOBS:
-            near = difflib.get_close_matches(str(name), KNOBS, n=1)
+            near = difflib.get_close_matches(str(name), [*KNOBS, *others], n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; the knobs are {', '.join(KNOBS)}"
             raise SettingError(f"there is no setting named {str(name)[:60]!r}{hint}")

@@ -260,7 +260,18 @@ TASKS: Mapping[str, Task] = {
 }
 
 
+# `transformers` takes these for tasks as well, and a pipeline keeps the name that it was made with.
+_OTHER_NAMES = {
+    "sentiment-analysis": "text-classification",
+    "ner": "token-classification",
+    "text-to-speech": "text-to-audio",
+}
 _OPENS = "its pipeline may open the paths and addresses that clients send"
+
+
+def task_name(name: str) -> str:
+    """The name of a task in `TASKS`, for another one that `transformers` takes."""
+    return _OTHER_NAMES.get(name, name)
 
 
 def contract(pipe: Any) -> Task:
@@ -269,13 +280,13 @@ def contract(pipe: Any) -> Task:
     Raises:
         StartError: there is none, so that the pipeline might open or fetch what clients send.
     """
-    name, task = type(pipe).__name__, TASKS.get(pipe.task)
+    name, task = type(pipe).__name__, TASKS.get(task_name(pipe.task))
     why = ""
     if task is None:
         why = _OPENS
     elif not any(_is_theirs(each, task.pipeline) for each in type(pipe).__mro__):
         why = f"{name} is no {task.pipeline}, so it may open the paths and addresses that clients send"
-    elif pipe.task == "text-to-audio" and not _takes_text_first(getattr(pipe, "processor", None)):
+    elif task_name(pipe.task) == "text-to-audio" and not _takes_text_first(getattr(pipe, "processor", None)):
         why = "its processor takes a string for an image or for sound, and opens or fetches it"
     if task is None or why:
         raise _not_served(pipe.task, why)
@@ -284,7 +295,7 @@ def contract(pipe: Any) -> Task:
 
 def refuse_unserved(task: str) -> None:
     """Raise `StartError` for a task whose pipelines would be refused: before its weights are loaded."""
-    if task not in TASKS:
+    if task_name(task) not in TASKS:
         raise _not_served(task, _OPENS)
 
 

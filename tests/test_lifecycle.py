@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.client
 import json
 import os
@@ -329,3 +330,43 @@ def test_an_interactive_interpreter_is_not_told_to_wait() -> None:
     )
     assert "serving <lambda> (function, python) at" in done.stdout
     assert "wait()" not in done.stdout
+
+
+# -- mistakes that are found when the server is started ---------------------------------------------------
+
+
+def two_arguments(texts: list[str], mark: str) -> list[str]:
+    return [text + mark for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [(two_arguments, "two_arguments"), (lambda: [1], "<lambda>"), (lambda *, texts: texts, "<lambda>")],
+)
+def test_a_function_that_cannot_be_called_with_one_list_is_refused(function: Any, names: str) -> None:
+    with pytest.raises(serving_kit.StartError, match=f"{names} cannot be called with one list"):
+        serving_kit.serve(function, port=0)
+
+
+@pytest.mark.parametrize("function", [str.split, sorted, list, functools.partial(two_arguments, mark="!")])
+def test_what_can_be_called_with_one_list_is_not(serve: Any, function: Any) -> None:
+    assert serve(function).running
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("devce", "device"), ("prot", "port"), ("max_batch_siz", "max_")]
+)
+def test_a_typo_is_told_the_nearest_argument(typo: str, meant: str) -> None:
+    with pytest.raises(serving_kit.SettingError, match=f"did you mean {meant}"):
+        serving_kit.serve(two_arguments, **{typo: 1})
+
+
+def test_a_required_token_is_said_where_it_is(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    server = serve(sorted, require_token=True)
+    assert "every request needs server.token" in capsys.readouterr().out
+    refused = httpx.post(server.url, content="x")
+    assert refused.status_code == 401
+    assert (
+        "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
+        in refused.json()["error"]
+    )

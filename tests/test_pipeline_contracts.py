@@ -21,7 +21,7 @@ import serving_kit
 from serving_kit.errors import StartError
 from serving_kit.tasks import TASKS
 from tests.test_media import file
-from tests.tiny import PARAMETERS, tiny, tokenizer
+from tests.tiny import PARAMETERS, example, tiny, tokenizer
 
 Serve = Callable[..., Any]
 REGISTERED = sorted(PIPELINE_REGISTRY.supported_tasks)
@@ -248,3 +248,19 @@ def test_the_servable_tasks_are_still_those_of_the_library() -> None:
     for task, contract in TASKS.items():
         assert task in REGISTERED
         assert hasattr(transformers, contract.pipeline)
+
+
+@pytest.mark.parametrize(
+    ("alias", "task"), [("sentiment-analysis", "text-classification"), ("ner", "token-classification")]
+)
+def test_a_task_by_its_other_name_is_served_as_that_task(serve: Serve, alias: str, task: str) -> None:
+    """A pipeline keeps the name that it was made with."""
+    import copy
+
+    pipe = copy.copy(tiny(task))
+    pipe.task = alias
+    server = serve(pipe, max_batch_size=4)
+    text = example(task, 8)
+    assert server(text) == serve(tiny(task), name="other")(text)
+    assert httpx.get(f"{server.url}/info").json()["task"] == task
+    assert pipe.task == alias
