@@ -7,11 +7,12 @@ Not here: what a model does with an input (`models.py`).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def load_model(
         _import_transformers()
     _set_threads(threads, most_threads)
     if model is None:
-        pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
+        with _without_progress_bar():  # it takes a tenth of a second
+            pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
         served = PipelineModel(pipe, DEMO_NAME, shortcuts)
     elif isinstance(model, (str, os.PathLike)):
         pipe = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
@@ -115,6 +117,19 @@ def _import_transformers() -> None:
         from transformers import pipeline  # noqa: F401
     except ImportError as error:
         raise StartError("serving a model by name needs transformers and torch: pip install torch") from error
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _set_threads(threads: int | None, most: int | None) -> None:
@@ -210,6 +225,8 @@ def _explain(error: BaseException) -> str:
             "load in half precision (pipeline_kwargs={'dtype': 'float16'}), or if this replaces a running "
             "server, stop that first: serve(..., stop_first=True)"
         )
+    if "not compiled with CUDA" in story:
+        return "this build of torch has no CUDA; leave the device out, say 'cpu', or install another build"
     if "GatedRepoError" in names:
         return "its owner has to grant you access on the Hub first; then log in with `hf auth login`"
     if names & {"RepositoryNotFoundError", "HFValidationError"} or "valid model identifier" in story:

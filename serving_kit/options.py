@@ -36,6 +36,7 @@ DRAIN_S = 25.0  # Kubernetes waits 30 s by default between SIGTERM and SIGKILL
 # What Kubernetes sets in every pod beside a Service of the name serving-kit:
 # SERVING_KIT_SERVICE_HOST=10.0.0.1, SERVING_KIT_PORT=tcp://10.0.0.1:80 and more.
 _SERVICE_LINK = re.compile(PREFIX + r"(.*_)?(SERVICE_(HOST|PORT).*|PORT(_\d+_(TCP|UDP|SCTP).*)?)")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?")
 _SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -59,11 +60,8 @@ class Option:
         value: object = text
         if self.knob is not None and self.knob.kind is bool:
             value = {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
-        elif self.knob is not None and not (self.knob.auto and text == "auto"):
-            try:
-                value = float(text)
-            except ValueError:
-                value = text
+        elif self.knob is not None and _NUMBER.fullmatch(text):
+            value = float(text) if set(text) & set(".eE") else int(text)
         return self.check(name, value)
 
     def check(self, name: str, value: Any) -> Any:
