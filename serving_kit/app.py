@@ -53,6 +53,7 @@ from serving_kit.errors import (
     Stopping,
     Unavailable,
     UnsupportedMediaType,
+    error_text,
 )
 from serving_kit.guard import WHERE_THE_TOKEN_IS, Access, Headers
 from serving_kit.metrics import HISTORY_S, gauge
@@ -484,19 +485,21 @@ class _Front:
         scope[_REQUEST_ID] = request_id.decode()
         method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         started, status, arrived = False, 499, time.monotonic()
+        answered: float | None = None
         state = scope["app"].state
         sends_id = getattr(state, "sends_request_id", True)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started, status
+            nonlocal started, status, answered
             if message["type"] == "http.response.start":
-                started, status = True, message["status"]
+                started, status, answered = True, message["status"], time.monotonic()
                 if sends_id:
                     message["headers"].append((b"x-request-id", request_id))
             await send(message)
 
         try:
-            if scope["http_version"] == "1.1" and not _has_one_host(scope, headers):
+            hosts = _hosts(scope, headers)
+            if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):
                 raise MalformedRequest("a request of HTTP/1.1 has exactly one Host header")
             refusal = self.access.refusal(method, path, scope.get("server"), headers)
             if method == "GET" and path == "/" and (pass_ := self._pass(scope)) is not None:
@@ -530,7 +533,7 @@ class _Front:
                         "method": method,
                         "path": path,  # without the query, which may hold the token
                         "status": status,
-                        "latency_ms": round((time.monotonic() - arrived) * 1e3, 1),
+                        "latency_ms": round(((answered or time.monotonic()) - arrived) * 1e3, 1),
                         "request_id": request_id.decode(),
                         "client": _client(scope),
                     }
@@ -575,7 +578,7 @@ async def _discard_body(receive: Receive, service: Service | None) -> None:
     last = now = loop.time()
     end, size, more = now + _LINGER_S, 0, True
     while more and size < _LINGER_BYTES and now < min(end, last + _LINGER_IDLE_S):
-        if service is not None and service.state()[0] in ("draining", "stopped"):
+        if service is not None and (service.stopped or service.draining_since is not None):
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_LOOK_S):
@@ -590,11 +593,11 @@ def _has_body(headers: Headers) -> bool:
     return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
 
 
-def _has_one_host(scope: Scope, headers: Headers) -> bool:
-    """Whether the request says once by which name it asks (RFC 9112, 3.2)."""
+def _hosts(scope: Scope, headers: Headers) -> int:
+    """How often the request says by which name it asks: once (RFC 9112, 3.2)."""
     if len(headers) == len(scope["headers"]):  # no name twice
         return b"host" in headers
-    return [name for name, _ in scope["headers"]].count(b"host") == 1
+    return [name for name, _ in scope["headers"]].count(b"host")
 
 
 def _in_ray_replica() -> bool:
@@ -623,9 +626,7 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
             text = f"this route takes {headers.get('allow', 'another method')}"
     else:
         if not isinstance(error, ServingError):
-            failed = ModelFailed(
-                "the server failed on this request", detail=f"{type(error).__name__}: {error}"
-            )
+            failed = ModelFailed("the server failed on this request", detail=error_text(error))
             if service is not None:
                 service.route_failed(failed, error, request_id)
             error = failed

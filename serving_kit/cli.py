@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import secrets
 import signal
@@ -81,16 +82,19 @@ def _run(given: dict[str, Any]) -> int:
     Args:
         given: The command line: option: value, or None.
     """
-    for warning in unknown_variables(os.environ):
-        print(f"serving-kit: {warning}", file=sys.stderr)
     options: dict[str, Any] = {**dict.fromkeys(OPTIONS), **_DEFAULTS}
     options |= from_outside(os.environ, given.pop("settings"))
     options |= {name: value for name, value in given.items() if value is not None}
+    for name, option in OPTIONS.items():
+        if option.many:  # each may be given several times, and hold several
+            options[name] = [one for text in options[name] for one in option.read(name, text)]
     knobs = {name: options[name] for name in KNOBS if options[name] is not None}
     settings = Settings(**knobs)
     host = options["host"]
     sock = bind(host, options["port"])
     log.configure(options["log_level"], options["log_format"])
+    for warning in unknown_variables(os.environ):
+        logging.getLogger(log.NAME).warning(warning)
     print(f"loading {options['model'] or 'the demo model'}", flush=True)
     loaded = load_model(
         options["model"],
@@ -149,6 +153,7 @@ class _Server(uvicorn.Server):
         self._drain_s = drain_s
         self._lame_duck_s = lame_duck_s
         self._leave_at: float | None = None  # when to close the port
+        self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextlib.contextmanager
@@ -171,6 +176,10 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On a signal, in the thread that runs the loop."""
+        if os.getpid() != self._process:  # a forked child, which must end as it would have without us
+            signal.signal(sig, signal.SIG_DFL)
+            os.kill(os.getpid(), sig)
+            return
         if self._leave_at is not None:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._break_off)

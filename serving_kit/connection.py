@@ -102,7 +102,7 @@ class Connection(HttpToolsProtocol):
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
         except httptools.HttpParserError:
             self._in_head = False
-            self.logger.warning("Invalid HTTP request received.")
+            self.logger.debug("Invalid HTTP request received.")  # any client can cause it, without a bound
             self.send_400_response("Invalid HTTP request received.")
 
     def _without_upgrade(self) -> bytes:

@@ -148,7 +148,7 @@ class CostModel:
     ) -> None:
         """Learn how much longer a batch took than `drain` says; for batches that left items waiting."""
         ideal = _shared(items, tokens, most, limit_s, self.a, self.b)
-        if not self.known or ideal <= 0:
+        if not self.known or ideal <= 0 or seconds <= 0:
             return
         # Not simply seconds / ideal: what is new about the model's speed is for the level to learn.
         actual = self.seconds(padded_tokens) * math.exp(_clipped(self._error(padded_tokens, seconds)))

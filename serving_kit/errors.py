@@ -30,6 +30,14 @@ _LONGEST_DETAIL = 2000  # characters: an exception may quote an input of megabyt
 _RESTART_S = 5.0  # Retry-After of a server that stops: about what starting one takes
 
 
+def error_text(error: BaseException) -> str:
+    """Class and text of an exception, also of one whose text cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}: (its text cannot be made)"
+
+
 class ServingError(Exception):
     """A request ended without an answer.
 

@@ -54,7 +54,7 @@ def kind(error: BaseException) -> Fault:
         if isinstance(each, MemoryError) or _is_named(each, "OutOfMemoryError"):
             return Fault.MEMORY
         if isinstance(each, RuntimeError):
-            text = str(each)
+            text = _text(each)
             if _NO_MEMORY.search(text):
                 return Fault.MEMORY
             if _LOST.search(text):
@@ -62,6 +62,13 @@ def kind(error: BaseException) -> Fault:
     if isinstance(error, WrongNumberOfOutputs):
         return Fault.OUTPUTS
     return Fault.CRASH if isinstance(error, WorkerDied) else Fault.ERROR
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # the model's own class, which may raise here as anywhere
+        return ""
 
 
 def _is_named(error: BaseException, name: str) -> bool:

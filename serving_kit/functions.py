@@ -13,6 +13,7 @@ Not here: when it is called (`batching.py`), what follows when it raises (`recov
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import json
@@ -130,6 +131,15 @@ def _copied(value: Any) -> Any:
         return kind(value if _ATOMS.issuperset(map(type, value)) else map(_copied, value))
     if kind is dict:
         return {name: _copied(each) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_copied, value))
+    if isinstance(value, (list, tuple)):  # to JSON a subclass is a list as well
+        return list(map(_copied, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        record: Any = copy.copy(value)
+        for each in dataclasses.fields(value):
+            object.__setattr__(record, each.name, _copied(getattr(value, each.name)))  # also if it is frozen
+        return record
     if isinstance(value, dict):  # such as an OrderedDict, or what transformers' models return
         own = copy.copy(value)
         for name, each in value.items():

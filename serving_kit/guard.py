@@ -172,8 +172,8 @@ def access(
     token: str | None,
     host: str = "127.0.0.1",
     *,
-    allowed_hosts: Iterable[str] = (),
-    allowed_origins: Iterable[str] = (),
+    allowed_hosts: str | Iterable[str] | None = (),
+    allowed_origins: str | Iterable[str] | None = (),
     public: bool = False,
     require_token: bool = False,
 ) -> Access:
@@ -251,8 +251,8 @@ def _allowed(host: str) -> str:
     return host.lower() if host.count(":") > 1 and "[" not in host else _name(host.encode())
 
 
-def _each(names: str | Iterable[str]) -> Iterable[str]:
-    return (names,) if isinstance(names, str) else names
+def _each(names: str | Iterable[str] | None) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names or ()
 
 
 @functools.lru_cache(maxsize=256)

@@ -50,6 +50,15 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _servers: weakref.WeakSet[uvicorn.Server] = weakref.WeakSet()
 
 
+def check_host(host: object) -> None:
+    """Raise `StartError` unless `host` is a name or an address."""
+    if not isinstance(host, str) or not host:
+        raise StartError(
+            f'host must be a name or an address, got {host!r}: "127.0.0.1" for this machine only, "0.0.0.0" '
+            "for every network that it is on"
+        )
+
+
 def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
     """A listening socket on `port`, or on the first free one of the `tries` ports from there.
 
@@ -59,6 +68,7 @@ def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
     Raises:
         StartError: naming the port and the remedy.
     """
+    check_host(host)
     if type(port) is not int or not 0 <= port <= 65535:  # True is no port
         raise StartError(f"port must be a whole number from 0 to 65535, got {port!r}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -89,15 +99,23 @@ def _close_in_child() -> None:
     for sock in list(_sockets):
         with contextlib.suppress(OSError):
             sock.close()
-    connections = [each for server in _servers for each in server.server_state.connections]
-    if not connections:
+    sockets = [
+        connection.transport.get_extra_info("socket")
+        for server in _servers
+        for connection in server.server_state.connections
+    ]
+    # uvloop has a hold of its own on the listening sockets, so that `close` alone does nothing.
+    for server in _servers:
+        sockets += [sock for listener in getattr(server, "servers", ()) for sock in listener.sockets]
+    if not sockets:
         return
     # The sockets belong to event loops that do not run here. Closing a descriptor behind the back of its
     # socket object would let that close whatever gets the same number next.
     nothing = os.open(os.devnull, os.O_RDWR)
-    for connection in connections:
-        with contextlib.suppress(OSError, AttributeError):
-            os.dup2(nothing, connection.transport.get_extra_info("socket").fileno(), inheritable=False)
+    for sock in sockets:
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            if sock.fileno() >= 0:
+                os.dup2(nothing, sock.fileno(), inheritable=False)
     os.close(nothing)
 
 

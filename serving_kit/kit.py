@@ -29,7 +29,7 @@ from serving_kit.batching import THREAD_NAME as MODEL_THREAD_NAME
 from serving_kit.cpus import allowed_cpus
 from serving_kit.errors import ServingError, SettingError, StartError, Stopping
 from serving_kit.guard import Access, access, is_loopback
-from serving_kit.inline_server import InlineServer, ServerGone, bind
+from serving_kit.inline_server import InlineServer, ServerGone, bind, check_host
 from serving_kit.loading import load_model
 from serving_kit.metrics import HISTORY_S
 from serving_kit.options import DRAIN_S, OPTIONS, TOKEN_VARIABLE, from_outside, unknown_variables
@@ -151,7 +151,7 @@ class Server:
         """The knobs in force."""
         return self._service.settings
 
-    def tune(self, **knobs: Any) -> Settings:
+    def tune(self, /, **knobs: Any) -> Settings:
         """Change knobs of the running server, all or none; they count from the next batch.
 
         Returns:
@@ -424,7 +424,7 @@ def serve(
     lame_duck_s = OPTIONS["lame_duck_s"].check("lame_duck_s", lame_duck_s)
     if threads is not None:
         threads = OPTIONS["threads"].check("threads", threads)
-    _check_host(host)
+    check_host(host)
 
     def load() -> Service:
         if old is not None:
@@ -470,14 +470,15 @@ def serve(
         if old is not None and port in (old.asked[1], old._inline.port) and host == old.asked[0]:
             server = _take_over(old, made(load(), old._inline), rule)
         elif old is not None and port and port == old._inline.port:
-            server = _move(old, load, made, (host, port), rule)
+            server = _move(old, load, made, (host, port), rule, drain_s)
         else:
             sock = bind(host, wanted, tries=_PORTS_TO_TRY)  # first: a model may take minutes to load
             try:
-                server = _start(load(), sock, made, old, rule)
+                service = load()
             except BaseException:
                 sock.close()
                 raise
+            server = _start(service, sock, made, old, rule, drain_s)
     given = {"task": task, "port": port, "host": host, "name": name, "device": device}
     given |= {"pipeline_kwargs": pipeline_kwargs, "shortcuts": shortcuts, "retry": retry}
     given |= {"allowed_hosts": allowed_hosts, "allowed_origins": allowed_origins}
@@ -487,14 +488,6 @@ def serve(
     server._model_code = _as_called(model)
     server._named = {key: value for key, value in given.items() if value != usual[key].default}
     return server
-
-
-def _check_host(host: object) -> None:
-    if not isinstance(host, str) or not host:
-        raise StartError(
-            f'host must be a name or an address, got {host!r}: "127.0.0.1" for this machine only, "0.0.0.0" '
-            "for every network that it is on"
-        )
 
 
 def _lock_of(name: str) -> threading.RLock:
@@ -543,6 +536,7 @@ def _move(
     made: Callable[[Service, InlineServer], Server],
     address: tuple[str, int],
     rule: Access,
+    drain_s: float,
 ) -> Server:
     """Replace a running server by one that listens to another host on the same port.
 
@@ -553,7 +547,7 @@ def _move(
     service = load()
     old._inline.close_port()
     try:
-        return _start(service, bind(*address, tries=_PORTS_TO_TRY), made, old, rule)
+        return _start(service, bind(*address, tries=_PORTS_TO_TRY), made, old, rule, drain_s)
     except BaseException:
         old.stop()
         raise
@@ -565,9 +559,10 @@ def _start(
     made: Callable[[Service, InlineServer], Server],
     old: Server | None,
     rule: Access,
+    drain_s: float,
 ) -> Server:
     """Start a service on a socket of its own, and stop the server of that name, if there is one."""
-    inline = InlineServer(build_app(service, access=rule), sock)
+    inline = InlineServer(build_app(service, access=rule, drain_s=drain_s), sock)
     server = made(service, inline)
     inline.start()
     _servers[server.name] = server
@@ -581,8 +576,10 @@ def _start(
     _say(note, server, rule)
     if old is not None:
         service.log.replaced(service.model_name, server.url)
-        old._inline.stop(old.drain_s)
-        old._become_replaced()
+        try:
+            old._end(old.drain_s)
+        finally:  # also when ■ has ended the patience: it has stopped then, too
+            old._become_replaced()
     return server
 
 
@@ -622,8 +619,13 @@ def _say(line: str, server: Server, rule: Access) -> None:
 def _signals_caught() -> Iterator[list[int]]:
     """The stop signals that have come, in the main thread of a script; a second one interrupts."""
     caught: list[int] = []
+    process = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a forked child, which must end as it would have without us
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         caught.append(number)
         if len(caught) > 1:
             raise KeyboardInterrupt

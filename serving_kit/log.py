@@ -145,7 +145,7 @@ class ServerLog:
         """Settings were changed by `by`; both mappings have the same names."""
         for name, value in after.items():
             fields = {"by": by, "setting": name, "before": before[name], "after": value}
-            self._write(logging.INFO, "a setting changed", fields, cause=f"setting {name} {by}")
+            self._write(logging.INFO, "a setting changed", fields, cause=f"setting {name}")
 
     def replaced(self, model: str, url: str) -> None:
         """This server has taken the place of another of its name."""

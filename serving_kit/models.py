@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving_kit.errors import InputRejected, StartError
+from serving_kit.errors import InputRejected, StartError, error_text
 from serving_kit.fast_linear import use_fast_linear
 from serving_kit.forward import Prepared
 from serving_kit.mask_head import MaskHead, mask_head
@@ -303,7 +303,7 @@ class PipelineModel:
         except PipelineException as error:  # written for the person who sent the input
             raise InputRejected(str(error)) from None
         except (ValueError, TypeError, KeyError, IndexError, ImportError) as error:
-            detail = f"{type(error).__name__}: {error}"
+            detail = error_text(error)
             raise InputRejected("the model cannot take this input", detail=detail) from error
         if len(chunks) > _MOST_PIECES:
             raise InputRejected(f"the input makes {len(chunks)} pieces; the most is {_MOST_PIECES}")

@@ -34,7 +34,7 @@ import orjson
 
 from serving_kit import process_guard
 from serving_kit.card import card
-from serving_kit.errors import SettingError
+from serving_kit.errors import SettingError, Unavailable
 from serving_kit.log import ServerLog
 from serving_kit.openapi import describe_knobs
 from serving_kit.records import BatchReason, Incident
@@ -419,7 +419,7 @@ def _answer(panel_ref: weakref.ref[Panel], controls: Any, message: Any, buffers:
         else:
             try:
                 answer["settings"] = server._tune("panel", message["knobs"]).to_dict()
-            except SettingError as error:
+            except (SettingError, Unavailable) as error:
                 answer["error"] = str(error)
         controls.send(answer)
     except Exception as error:  # it would be printed into whichever cell runs
@@ -493,7 +493,7 @@ def _plain_sliders(server_ref: weakref.ref[Server]) -> Any:
             if server is not None:
                 server._tune("panel", {name: value})
             refusal.value = ""
-        except SettingError as error:
+        except (SettingError, Unavailable) as error:
             refusal.value = html.escape(str(error))
 
     box = []

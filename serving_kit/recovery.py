@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from serving_kit import faults
 from serving_kit.breaker import Breaker, Gate
 from serving_kit.culprits import Search
-from serving_kit.errors import ModelFailed, RequestTooLarge, ServingError, Unavailable
+from serving_kit.errors import ModelFailed, RequestTooLarge, ServingError, Unavailable, error_text
 from serving_kit.faults import Fault
 from serving_kit.forward import Call, Job, Result, dropped
 from serving_kit.memory import Ceiling, make_room
@@ -293,7 +293,7 @@ class Recovery:
         """
         if isinstance(error, ServingError) and error.__cause__ is None:
             return error  # a plain verdict on the input: nothing went wrong here
-        fault, detail = faults.kind(error), f"{type(error).__name__}: {error}"
+        fault, detail = faults.kind(error), error_text(error)
         failed: ServingError
         if fault is Fault.DEVICE:
             with self.lock:

@@ -38,6 +38,7 @@ from serving_kit.errors import (
     ServingError,
     SettingError,
     Stopping,
+    error_text,
 )
 from serving_kit.forward import Model, Result
 from serving_kit.log import ServerLog
@@ -143,7 +144,7 @@ class Ticket:
         elif error is not None:
             outcome = Outcome.FAILED
             if isinstance(error, Exception):
-                detail = f"{type(error).__name__}: {error}"
+                detail = error_text(error)
                 told = failed = ModelFailed("the server failed on this request", detail=detail)
                 service.keep_incident(failed, error)
         incident = told.incident if isinstance(told, ServingError) else None
@@ -548,7 +549,7 @@ def make_incident(error: BaseException, outcome: Outcome = Outcome.FAILED) -> In
         id=secrets.token_hex(4),
         wall=time.time(),
         outcome=outcome,
-        error=shorten(f"{type(error).__name__}: {error}", _LONGEST_ERROR),
+        error=shorten(error_text(error), _LONGEST_ERROR),
         traceback=shorten("".join(traceback.format_exception(error)), _LONGEST_TRACEBACK),
         cause=_cause(error),
     )

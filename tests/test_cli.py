@@ -160,3 +160,10 @@ def test_an_app_whose_model_cannot_be_loaded_says_why_and_does_not_start(tmp_pat
     )
     assert done.returncode == 3
     assert "StartError: cannot serve int: pass a Hub id" in done.stderr
+
+
+@pytest.mark.light
+def test_an_empty_host_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """To the system it is every network."""
+    assert main(["serve", "--host", ""]) == 2
+    assert "host must be a name or an address, got ''" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -335,3 +336,66 @@ def test_a_notebooks_server_has_a_lame_duck_time_too(serve: Any) -> None:
 
 def ask_health(url: str) -> int:
     return httpx.get(f"{url}/health").status_code
+
+
+# -- children of the model -----------------------------------------------------------------------------
+
+# The command on a function whose first call forks a child that sleeps.
+FORKING = """
+import multiprocessing, sys, time
+import serving_kit.cli
+from serving_kit import loading
+
+def work(texts):
+    if not multiprocessing.active_children():
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
+    return texts
+
+serving_kit.cli.load_model = lambda model, **_: loading.load_model(work)
+sys.exit(serving_kit.cli.main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_command_ends_though_its_model_has_forked_a_child(tmp_path: Path) -> None:
+    """The child has the signal handlers of its parent, which waits for it at its exit."""
+    port, go = free_port(), tmp_path / "go"
+    with running(["-W", "ignore", "-c", FORKING, "serve", "--port", str(port)], port, go) as server:
+        assert server.client.post("/", content="x").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        status, printed = server.ended()
+    assert (status, "Traceback" in printed) == (0, False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_a_forked_child_does_not_keep_the_commands_port_busy(tmp_path: Path) -> None:
+    port, go = free_port(), tmp_path / "go"
+    orphan = FORKING.replace("daemon=True).start()", "daemon=False).start()").replace(
+        "sys.exit(serving_kit.cli.main())",
+        "serving_kit.cli.main(); import os; sys.stdout.flush(); os._exit(0)",
+    )
+    with running(["-W", "ignore", "-c", orphan, "serve", "--port", str(port)], port, go) as server:
+        assert server.client.post("/", content="x").status_code == 200
+        [child] = children(server.process.pid)
+        try:
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(60)
+            socket.create_server(("127.0.0.1", port)).close()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def children(process: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True)
+    return [int(line) for line in listed.stdout.split()]
+
+
+def test_a_refused_upload_in_the_lame_duck_time_reads_its_answer(tmp_path: Path) -> None:
+    with command(tmp_path, "--lame-duck-s", "30", "--require-token") as server:
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.health() == 503, timeout=20)
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        client.request("POST", "/", body=b"x" * 40_000_000)
+        assert client.getresponse().status == 401
+        client.close()

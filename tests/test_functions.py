@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -471,3 +472,60 @@ def test_numbers_of_numpy_are_numbers_for_a_pipelines_parameters(serve: Any) -> 
     pytest.importorskip("torch")
     server = serve(None)
     assert len(server("the cat sat on the [MASK].", top_k=numpy.int64(2))) == 2
+
+
+# -- what outputs may share memory in ---------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """One answer."""
+
+    scores: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One answer."""
+
+    scores: Any
+
+
+class Rows(list[Any]):
+    """One answer."""
+
+
+@pytest.mark.parametrize(
+    "wrap", [Pair, Record, lambda row: Rows([row]), lambda row: (row,), lambda row: {"s": row}]
+)
+def test_outputs_do_not_share_a_buffer_whatever_they_are_wrapped_in(serve: Any, wrap: Any) -> None:
+    np = pytest.importorskip("numpy")
+    buffer = np.zeros((32, 3))
+
+    def function(texts: list[str]) -> list[Any]:
+        for row, text in zip(buffer, texts, strict=False):
+            row[:] = float(text)
+        return [wrap(row) for row in buffer[: len(texts)]]
+
+    server = serve(function)
+    first = server("1")
+    server("2")
+    values = first.scores if hasattr(first, "scores") else first["s"] if isinstance(first, dict) else first[0]
+    assert values.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_exception_without_a_text_opens_no_breaker(serve: Any) -> None:
+    class Nameless(RuntimeError):
+        def __str__(self) -> str:
+            raise LookupError
+
+    def function(texts: list[str]) -> list[str]:
+        if "bad" in texts:
+            raise Nameless
+        return texts
+
+    server = serve(function)
+    for _ in range(6):
+        answer = httpx.post(server.url, content="bad")
+        assert (answer.status_code, answer.json()["error_type"]) == (500, "model_failed")
+    assert server("good") == "good"
+    assert "Nameless" in server.errors()[0].error

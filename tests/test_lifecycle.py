@@ -8,11 +8,13 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -370,3 +372,77 @@ def test_a_required_token_is_said_where_it_is(serve: Any, capsys: pytest.Capture
         "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
         in refused.json()["error"]
     )
+
+
+# -- a re-run on another port ------------------------------------------------------------------------------
+
+
+class Gate:
+    """Answers when it is opened."""
+
+    def __init__(self) -> None:
+        self.inside, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, texts: list[str]) -> list[str]:
+        self.inside.set()
+        assert self.open.wait(60)
+        return texts
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def test_a_re_run_on_another_port_drains_the_old_server(serve: Any) -> None:
+    """What it has admitted is answered, and what comes meanwhile is refused, or it would never end."""
+    gate = Gate()
+    old = serve(gate, drain_s=30, max_batch_size=1)
+    with ThreadPoolExecutor(3) as pool:
+        admitted = pool.submit(httpx.post, old.url, content="x", timeout=60)
+        assert gate.inside.wait(10)
+        again = pool.submit(serve, Model("new"), port=free_port())
+        until(lambda: httpx.get(f"{old.url}/health").json()["status"] == "draining")
+        late = httpx.post(old.url, content="y", timeout=60)
+        gate.open.set()
+        new = again.result(30)
+        assert admitted.result(30).status_code == 200
+    assert (late.status_code, late.json()["error_type"]) == (503, "unavailable")
+    assert new("x") == "new"
+
+
+def test_interrupting_the_drain_of_a_re_run_on_another_port_leaves_the_new_server(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = serve(Model("old"))
+    stop, port = type(old._inline).stop, free_port()
+
+    def interrupted(self: Any, drain_s: float = 5.0) -> bool:
+        stop(self, 0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(old._inline), "stop", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            serving_kit.serve(Model("new"), port=port)
+    [new] = serving_kit.servers()
+    try:
+        assert httpx.post(f"http://127.0.0.1:{port}/", content="x").json() == "new"
+        assert "replaced" in repr(old)
+    finally:
+        new.stop()
+
+
+def test_calls_of_the_kernel_get_the_drain_time_of_the_server(serve: Any) -> None:
+    gate = Gate()
+    server = serve(gate, drain_s=30)
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(server, "x")
+        assert gate.inside.wait(10)
+        stopped = pool.submit(server.stop)
+        assert not stopped.done()
+        threading.Event().wait(6)  # longer than the default of 5 s
+        gate.open.set()
+        assert call.result(30) == "x"
+        stopped.result(30)
