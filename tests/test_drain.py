@@ -201,7 +201,7 @@ def all_admitted(stats: dict[str, Any]) -> bool:
 def test_of_150_requests_to_a_slow_model_each_ends_as_an_answer_or_a_503(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     port = free_port()
-    options = ["--port", str(port), "--max-batch-size", "1", "--timeout-ms", "60000", "--drain-s", "2"]
+    options = ["--port", str(port), "--max-batch-size", "1", "--timeout-ms", "600000", "--drain-s", "2"]
     arguments = ["-c", COMMAND_WITH_MODEL, "serve", *options]
     with running(arguments, port, tmp_path / "unused") as server, ThreadPoolExecutor(150) as pool:
         answers = [pool.submit(ask, server.url, "paris is [MASK].") for _ in range(150)]

@@ -415,7 +415,7 @@ def test_torch_on_a_machine_without_the_memory_answers_everybody_and_remembers()
             torch.zeros(len(texts), 192, 2**18)
             return [text.upper() for text in texts]
 
-        with serving_kit.serve(model, port=0, max_batch_size=16) as server:
+        with serving_kit.serve(model, port=0, max_batch_size=16, max_batch_tokens=16) as server:
             server("warm")
             used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
