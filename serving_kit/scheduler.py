@@ -189,11 +189,8 @@ class Scheduler:
         self._returning.arrived(now, len(items))
         for item in items:
             bisect.insort(self._queue, item, key=_arrival)
-            item.priced, item.estimate, item.tokens = (
-                priced,
-                item.tokens,
-                max(1, round(item.tokens * correction)),
-            )
+            item.priced, item.estimate = priced, item.tokens
+            item.tokens = max(1, round(item.tokens * correction))
             self._queued_tokens += item.tokens
         return None
 
@@ -230,21 +227,16 @@ class Scheduler:
         """Decide what to do at `now`. Items that it drops are done when it returns."""
         if self._running:
             return Decision()
-        in_vain = False
-        dropped = [(item, Drop.EXPIRED) for item in self._queue if item.deadline <= now]
-        self._remove([item for item, _ in dropped])
+        expired = [item for item in self._queue if item.deadline <= now]
+        self._remove(expired)
+        hopeless: list[Item] = []
         decision = Decision()
-        while anchor := next((item for item in self._queue if item.group is not None), None):
-            # Alone first: to cut the queue again for each of many that are hopeless would take 0.1 s.
-            cost = self._reserve_s(anchor.tokens)
-            items, reason = [anchor], BatchReason.IDLE
-            if not self._cannot_make_it(anchor, now + cost, now):
-                items, reason = self._choose(anchor, now)
-                cost = self._reserve_s(_padded(items))
+        while anchor := self._next_anchor(now, hopeless):
+            items, reason = self._choose(anchor, now)
+            cost = self._reserve_s(_padded(items))
             if self._cannot_make_it(anchor, now + cost, now):
                 self._remove([anchor])
-                why = Drop.EXPIRED if self._is_too_short(anchor, anchor.arrived) else Drop.HOPELESS
-                dropped.append((anchor, why))
+                hopeless.append(anchor)
                 continue
             # A companion in a greater hurry than the anchor stays behind rather than start in vain.
             items = [i for i in items if i is anchor or not self._cannot_make_it(i, now + cost, now)]
@@ -260,14 +252,19 @@ class Scheduler:
                     reason = BatchReason.DEADLINE
                 decision = Decision(batch=self._start(items, reason, now))
             break
-        for item, why in dropped:
+        if not (expired or hopeless):
+            return decision
+        for item in (*expired, *hopeless):
             item.state = State.DONE
             self.watchdog.item_gone(item)
-            in_vain = in_vain or (why is Drop.HOPELESS and item.priced)
-        if in_vain:
+        if any(item.priced for item in hopeless):
             self._adapt_reserve(1, 1, now)
-        retry_after = self.drain_time(now) if dropped else None
-        return Decision(decision.batch, decision.wake_at, tuple(dropped), retry_after)
+        # Less time than any call takes is the client's own limit, not the load.
+        dropped = [(item, Drop.EXPIRED) for item in expired]
+        for item in hopeless:
+            too_short = self._is_too_short(item, item.arrived)
+            dropped.append((item, Drop.EXPIRED if too_short else Drop.HOPELESS))
+        return Decision(decision.batch, decision.wake_at, tuple(dropped), self.drain_time(now))
 
     def finished(self, now: float, *, ok: bool, started: float | None = None) -> str:
         """The running batch has ended. No effect if `evict` took it out meanwhile.
@@ -340,6 +337,20 @@ class Scheduler:
         return self.watchdog.reason(now)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _next_anchor(self, now: float, hopeless: list[Item]) -> Item | None:
+        """The oldest item that alone could still be answered in time; those before it leave the queue."""
+        anchor, gone = None, []
+        for item in self._queue:
+            if item.group is None:
+                continue
+            if not self._cannot_make_it(item, now + self._reserve_s(item.tokens), now):
+                anchor = item
+                break
+            gone.append(item)
+        self._remove(gone)
+        hopeless += gone
+        return anchor
 
     def _choose(self, anchor: Item, now: float) -> tuple[list[Item], BatchReason]:
         """The anchor and its company."""
