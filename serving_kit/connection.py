@@ -15,15 +15,28 @@ Not here: what a request is (`app.py`).
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving_kit.log import Limiter
 
 _HEAD_S = 15.0
 _MOST_HEAD_BYTES = 2**16  # ten times what proxies and browsers send
 # After a refused head, what still comes is discarded within these bounds: bytes that nobody has read make
 # the system reset the connection, and the client may then lose the refusal.
 _LINGER_S, _LINGER_BYTES = 2.0, 2**24
+_limiter = Limiter()  # any client can send what is no HTTP, as often as it likes
+_limiter_lock = threading.Lock()
+
+
+def _may_warn(now: float) -> bool:
+    """Whether the log may have one more line about a request that is no HTTP. Any thread."""
+    with _limiter_lock:
+        _limiter.ended(now)
+        return _limiter.admits(logging.WARNING, "invalid request", now)
 
 
 class Connection(HttpToolsProtocol):
@@ -102,7 +115,8 @@ class Connection(HttpToolsProtocol):
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
         except httptools.HttpParserError:
             self._in_head = False
-            self.logger.debug("Invalid HTTP request received.")  # any client can cause it, without a bound
+            if _may_warn(self.loop.time()):
+                self.logger.warning("Invalid HTTP request received.")
             self.send_400_response("Invalid HTTP request received.")
 
     def _without_upgrade(self) -> bytes:
