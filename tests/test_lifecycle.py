@@ -416,14 +416,14 @@ def test_interrupting_the_drain_of_a_re_run_on_another_port_leaves_the_new_serve
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = serve(Model("old"))
-    stop, port = type(old._inline).stop, free_port()
+    stop, port = old._inline.stop, free_port()
 
-    def interrupted(self: Any, drain_s: float = 5.0) -> bool:
-        stop(self, 0)
+    def interrupted(drain_s: float = 5.0) -> bool:
+        stop(0)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(old._inline), "stop", interrupted)
+        patch.setattr(old._inline, "stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
             serving_kit.serve(Model("new"), port=port)
     [new] = serving_kit.servers()
