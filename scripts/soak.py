@@ -149,6 +149,7 @@ class Soak:
     seed: int = 1
     seen: Counter[str] = field(default_factory=Counter)  # by the clients
     left: int = 0  # requests whose clients did not wait for the outcome
+    gone: int = 0  # calls on a handle whose server was replaced at that moment
     problems: list[str] = field(default_factory=list)
     took: float = 0.0
     growth: int = 0  # bytes
@@ -317,7 +318,10 @@ class Soak:
         try:
             answer = await self.servers[-1].predict(text)
         except ServingError as error:
-            self.seen[error.outcome.value] += 1
+            if "replaced by a newer run" in str(error):
+                self.gone += 1  # this handle has no server that could count it
+            else:
+                self.seen[error.outcome.value] += 1
         else:
             self.seen["ok"] += 1
             if answer != text.upper():
@@ -375,6 +379,7 @@ class Soak:
             faults.update(server.stats()["faults"])
         lines += [
             f"faults: {', '.join(f'{n} {kind}' for kind, n in faults.items() if n)}",
+            f"{self.gone} calls on a handle that had just been replaced, which no server counts",
             f"{self.kills} kills of the model thread, {self.reruns} re-runs of the cell, "
             f"memory {self.growth / 2**20:+.1f} MB after the first quarter",
             f"{self.took:.0f} s, {counted.total() / max(self.took, 1e-9):.0f} requests/s",
