@@ -221,7 +221,7 @@ async def _read_body(
     hold: Callable[[int], None] | None = None,
     knob: str = " (max_body_bytes)",
 ) -> bytes:
-    """The body, of at most `limit` bytes, whatever its headers say; `hold` hears of every chunk."""
+    """The body, of at most `limit` bytes, whatever its headers say; `hold` gets the size of each chunk."""
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise MalformedRequest("compressed bodies are not accepted; send the body as it is")
     announced = headers.get(b"content-length", b"")[:20]
@@ -256,17 +256,17 @@ class _Attention:
         "_deadline",
         "_error",
         "_late",
-        "_limit",
+        "_limit_text",
         "_loop",
         "_receive",
         "_task",
         "_timer",
     )
 
-    def __init__(self, receive: Receive, patience_s: float, limit_text: str) -> None:
-        """Be ready to give up on a body after `patience_s` seconds; `limit_text` names that limit."""
+    def __init__(self, receive: Receive, patience_s: float, limit_text: Callable[[], str]) -> None:
+        """Be ready to give up on a body after `patience_s` seconds; `limit_text()` names that limit."""
         self._receive = receive
-        self._limit = limit_text
+        self._limit_text = limit_text
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + patience_s
         self._task = asyncio.current_task()
@@ -303,7 +303,7 @@ class _Attention:
         if self._body_is_here:
             self._timer = self._loop.create_task(self._watch())
         else:
-            slow = SlowRequest(f"the body did not arrive within {self._limit}")
+            slow = SlowRequest(f"the body did not arrive within {self._limit_text()}")
             self._timer = self._loop.call_at(self._deadline, self._end, slow)
 
     async def _watch(self) -> None:
@@ -411,7 +411,7 @@ async def change_settings(request: Request) -> Response:
     service: Service = request.app.state.service
     _owner_only(request, "changing settings")
     headers = _headers(request.scope)
-    with _Attention(request.receive, _SETTINGS_BODY_S, f"{_SETTINGS_BODY_S:g} s"):
+    with _Attention(request.receive, _SETTINGS_BODY_S, lambda: f"{_SETTINGS_BODY_S:g} s"):
         body = await _read_body(request.scope, headers, request.receive, _MOST_SETTINGS_BYTES, knob="")
     changes = formats.parse_json(body)
     if not isinstance(changes, dict):
@@ -560,7 +560,7 @@ async def _answer_early(response: Response, scope: Scope, receive: Receive, send
     """Answer a request whose body has not been read to its end, and discard the rest within bounds.
 
     Most clients look for the answer only when they have sent everything. If the connection were closed
-    at once, the system would reset it for the bytes that nobody has read, and the answer would be lost.
+    at once, the system would reset it because of the unread bytes, and the answer would be lost.
     So the answer is complete for the client, and the request ends only when the client has finished.
     """
     headers = response.raw_headers

@@ -20,7 +20,7 @@ laptop, a noisy neighbour, a model that waits for something.
 The scheduler refuses requests by these numbers, and what is refused teaches nothing. So where the data
 leave room for doubt, the doubt counts in favour of admitting and of larger batches: `drain` and
 `budget` use the smallest slope that the data allow (two standard errors below `b`, zero while only one
-size has been seen). A budget that rests on hope alone is at most twice the largest batch seen lately:
+size has been seen). A budget that only this slope allows is at most twice the largest batch seen lately:
 with costs a + b * x >= 0 the next batch then takes at most twice as long as that one. As batches of
 other sizes are forgotten the doubt grows again, so that no budget is final.
 
@@ -63,6 +63,9 @@ class CostModel:
         self._tail = math.log(1.05)
         self._signal = 0.0  # smoothed log(actual / predicted)
         self._spread = _FIRST_SPREAD  # smoothed |log(actual / predicted)|
+        # Seconds per call and per token at level 1, with the least and the greatest slope that the data
+        # allow. Computed once for each batch, because admission reads them for each request.
+        self._least = self._greatest = (0.0, 0.0)
         # Normal equations of the weighted fit: sums of w, w*x, w*x*x, w*t, w*x*t.
         self._w = self._wx = self._wxx = self._wt = self._wxt = 0.0
         self._actual = self._ideal = 0.0  # what `overhead` is the ratio of
@@ -107,14 +110,13 @@ class CostModel:
         """Most padded tokens for a batch that is to stay within about `limit_s` seconds; at least 1."""
         if not self.largest:
             return _MOST_TOKENS
-        low, high = self._slopes()
-        hopeful = min(_room(limit_s, *self._line(low)), _GROWTH * self.largest)
-        safe = _room(limit_s / self.tail, *self._line(high)) if self.observations else 1.0
-        return int(min(max(safe, hopeful, 1.0), _MOST_TOKENS))
+        optimistic = min(self._room(limit_s, self._least), _GROWTH * self.largest)
+        proved = self._room(limit_s / self.tail, self._greatest) if self.observations else 1.0
+        return int(min(max(proved, optimistic, 1.0), _MOST_TOKENS))
 
     def grows(self, limit_s: float) -> bool:
         """Whether `budget` is held back because no larger batch has been seen."""
-        return self.budget(limit_s) < min(_room(limit_s, *self._line(self._slopes()[0])), _MOST_TOKENS)
+        return self.budget(limit_s) < min(self._room(limit_s, self._least), _MOST_TOKENS)
 
     def drain(
         self, items: float, tokens: float, most: int, limit_s: float, *, at_least: bool = False
@@ -124,7 +126,8 @@ class CostModel:
         In the largest batches that `most` items and `limit_s` seconds allow, times `overhead`.
         `at_least`: with the smallest slope that the data allow, not the likeliest.
         """
-        a, b = self._line(self._slopes()[0]) if at_least else (self.a, self.b)
+        a, b = self._least if at_least else (self._a, self._b)
+        a, b = a * self.level, b * self.level
         shared = _shared(items, tokens, most, limit_s, a, b) * self.overhead
         return max(shared, a + b * tokens / items) if items else 0.0  # one call at least
 
@@ -138,6 +141,7 @@ class CostModel:
             error = self._error(x, seconds)  # what the level does not explain
             seconds *= math.exp(_clipped(error) - error)
         self._fit(x, seconds / self.level)
+        self._bound()
         if not _LEVEL_RANGE[0] < self.level < _LEVEL_RANGE[1]:
             self._rebase()
         self.largest = max(x, self.largest * _LARGEST_FORGET)
@@ -188,26 +192,27 @@ class CostModel:
         """Make the present level 1: only its product with the shape is determined, and both could drift."""
         scale, self.level = self.level, 1.0
         self._a, self._b = self._a * scale, self._b * scale
+        self._least = self._least[0] * scale, self._least[1] * scale
+        self._greatest = self._greatest[0] * scale, self._greatest[1] * scale
         self._w, self._wx, self._wxx = self._w / scale**2, self._wx / scale**2, self._wxx / scale**2
         self._wt, self._wxt = self._wt / scale, self._wxt / scale
         self._actual, self._ideal = self._actual * scale, self._ideal * scale
 
-    def _slopes(self) -> tuple[float, float]:
-        """The least and the greatest seconds per token that the data allow, at level 1."""
-        if not self._w:
-            return 0.0, 0.0
+    def _bound(self) -> None:
+        """Find the lines through the mean of the data with the least and the greatest possible slope."""
         most = self._wt / self._wx  # all of the time is the tokens'
         scatter = self._wxx - self._wx * self._wx / self._w
-        if scatter <= 1e-9 * self._wxx:
-            return 0.0, most
-        error = 2 * 1.25 * self._spread / math.sqrt(scatter)  # 1.25: mean |error| to standard deviation
-        return max(0.0, self._b - error), min(max(self._b, most), self._b + error)
+        low, high = 0.0, most
+        if scatter > 1e-9 * self._wxx:
+            error = 2 * 1.25 * self._spread / math.sqrt(scatter)  # 1.25: mean |error| to standard deviation
+            low, high = max(0.0, self._b - error), min(max(self._b, most), self._b + error)
+        self._least, self._greatest = self._line(low), self._line(high)
 
     def _line(self, slope: float) -> tuple[float, float]:
-        """Seconds per call and per token, now, if a token costs `slope`: through the mean of the data."""
-        if not self._w:
-            return 0.0, 0.0
-        return max(0.0, (self._wt - slope * self._wx) / self._w) * self.level, slope * self.level
+        return max(0.0, (self._wt - slope * self._wx) / self._w), slope
+
+    def _room(self, limit_s: float, line: tuple[float, float]) -> float:
+        return _room(limit_s, line[0] * self.level, line[1] * self.level)
 
     def _fit(self, x: float, t: float) -> None:
         weight = 1 / (t * t)

@@ -50,8 +50,8 @@ _LONGEST_LOOK_AHEAD = 256  # items beyond `max_batch_size`, however large that i
 # missed a batch still makes the next one.
 _AUTO_SHARE = 1 / 3
 # Admission keeps a share of an item's time in reserve, for others that grouping lets pass and for noise.
-# It follows what comes of it, so that about so many of the admitted are dropped later all the same. With
-# too little reserve one in ten waits in vain under overload, most of them long texts.
+# It is adapted so that this share of the admitted items is dropped later. With too little reserve one in ten
+# is dropped after it has waited under overload, most of them long texts.
 _FIRST_RESERVE, _RESERVE_RANGE = 0.25, (0.05, 0.65)
 _DROPPED_LATER = 0.0007
 _RESERVE_RATE = 0.07  # per decision that dropped some
@@ -173,7 +173,8 @@ class Scheduler:
         """
         if self.draining:
             return Refusal("the server is stopping", None)
-        if any(self._is_too_short(item, now) for item in items):
+        first = items[0] if len(items) == 1 else min(items, key=_deadline)
+        if self._is_too_short(first, now):
             return Refusal("its time is shorter than the model needs", None, expired=True)
         if len(self._queue) + len(items) > self.settings.max_queue_size:
             return Refusal("the queue is full", self.drain_time(now))
@@ -181,9 +182,9 @@ class Scheduler:
         correction = self._true_tokens / self._estimated_tokens if self._estimated_tokens else 1.0
         priced = self.settings.drop_hopeless and self.cost.trusted and not self._may_probe(now)
         if priced:  # the last of them waits longest; its own length does not count
-            tokens = correction * sum(item.tokens for item in items[:-1])
+            tokens = correction * sum(map(_tokens, items[:-1]))
             wait = self._shortest_wait(now, len(items), tokens)
-            if wait > (min(item.deadline for item in items) - now) * (1 - self._reserve):
+            if wait > (first.deadline - now) * (1 - self._reserve):
                 self._follow_refusal(wait, now)
                 return Refusal("it could not be answered in time", self.drain_time(now))
         self._returning.arrived(now, len(items))
@@ -402,9 +403,9 @@ class Scheduler:
         return min(high, max(self.cost.seconds(padded_tokens), self._limit_s)) if high else 0.0
 
     def _adapt_reserve(self, items: int, dropped: int, now: float) -> None:
-        """Let some admitted items teach how much time to keep in reserve; `dropped` of them were hopeless.
+        """Adapt the reserve to the outcome of `items` admitted items, of which `dropped` were hopeless.
 
-        Stochastic gradient descent on the pinball loss. Without drops it also goes back to where it began.
+        Stochastic gradient descent on the pinball loss, and exponential decay to the first value.
         """
         past = (now - self._reserve_at) / (_RESERVE_MEMORY * self.settings.timeout_s)
         self._reserve += (_FIRST_RESERVE - self._reserve) * -math.expm1(-past)
@@ -570,6 +571,10 @@ def cheapest_cuts(lengths: Sequence[int], most: int, budget: int, a: float, b: f
 
 def _arrival(item: Item) -> float:
     return item.arrived
+
+
+def _deadline(item: Item) -> float:
+    return item.deadline
 
 
 def _tokens(item: Item) -> int:

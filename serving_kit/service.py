@@ -98,7 +98,7 @@ class Ticket:
     arrived: float
     deadline: float
     request_id: str = ""
-    limit_text: str = ""  # the time that it may take, and who says so
+    shortened: bool = False  # by the client, who gives it less time than the server does
     items: int = 0
     queue_wait: float | None = None
     forward: float | None = None
@@ -119,11 +119,18 @@ class Ticket:
         """Give up after `timeout_s` seconds from arrival: sooner than the server would, never later."""
         if timeout_s is not None and self.arrived + timeout_s < self.deadline:
             self.deadline = self.arrived + timeout_s
-            self.limit_text = f"the client's {timeout_s * 1e3:,.6g} ms (X-Request-Timeout-Ms)"
+            self.shortened = True
+
+    def limit_text(self) -> str:
+        """The time that it may take, and whose limit that is."""
+        time_ms = f"{(self.deadline - self.arrived) * 1e3:,.6g} ms"
+        return (
+            f"the client's {time_ms} (X-Request-Timeout-Ms)" if self.shortened else f"{time_ms} (timeout_ms)"
+        )
 
     def expired(self) -> DeadlineExceeded:
         """What to raise when the deadline has passed: it names the limit that applied."""
-        return DeadlineExceeded(f"the request was not answered within {self.limit_text}")
+        return DeadlineExceeded(f"the request was not answered within {self.limit_text()}")
 
     def __enter__(self) -> Ticket:
         return self
@@ -300,9 +307,7 @@ class Service:
         """
         now = self.clock()
         self.metrics.add_arrival(now, *self.batcher.load())
-        settings = self.settings
-        limit = f"{settings.timeout_ms:,.6g} ms (timeout_ms)"
-        return Ticket(self, now, now + settings.timeout_s, request_id, limit)
+        return Ticket(self, now, now + self.settings.timeout_s, request_id)
 
     async def predict(
         self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket
@@ -413,7 +418,7 @@ class Service:
         return "ready", self.batcher.doubt()
 
     def live(self) -> tuple[bool, str]:
-        """Whether there is hope without a restart, and why not.
+        """Whether the process can recover without a restart, and why not.
 
         False only where `live_timeout_s` is set: once a forward that is stuck (see `state`) has run longer
         than that. Python cannot end a forward; whoever runs the process can.
