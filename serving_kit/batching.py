@@ -153,7 +153,7 @@ class Batcher:
 
         Raises:
             RequestTooLarge: more values than the queue can ever hold.
-            Overloaded: refused at the door.
+            Overloaded: not admitted.
             DeadlineExceeded: its time is shorter than any call of the model takes.
             Unavailable: the server is stopping, or the model is broken.
         """

@@ -4,7 +4,7 @@
 const REASONS = ["full", "budget", "idle", "deadline", "all_present", "retry", "drain"]; // of records.py
 const BAD = ["shed", "expired", "failed", "unavailable"];
 const LEAST = { p50: 2, p95: 20, p99: 100 }; // samples, below which a percentile is only the largest of them
-const NOBODY = { queue_depth: 0, in_flight: 0, arrivals: 0, ok: 0, shed: 0, expired: 0, failed: 0, unavailable: 0, samples: 0, latency_ms: {}, queue_wait_ms: {}, forward_ms: {}, sizes: {}, reasons: {} };
+const EMPTY_SECOND = { queue_depth: 0, in_flight: 0, arrivals: 0, ok: 0, shed: 0, expired: 0, failed: 0, unavailable: 0, samples: 0, latency_ms: {}, queue_wait_ms: {}, forward_ms: {}, sizes: {}, reasons: {} };
 const LEFT = 40, DELAY_S = 1.25; // of the charts: the newest second is drawn when it is over
 
 
@@ -215,7 +215,7 @@ function makeCharts() {
     const marks = (snapshot.changes || []).map(({ ago_s, knobs: moved }) => ({ second: snapshot.series.at(-1).second + snapshot.phase - ago_s, moved }));
     const points = snapshot.series.filter(({ second }) => second > end - period - 1 && second >= started - 1 && second < end + 1);
     view = { end, period, marks, points, ink, cursor, settings: snapshot.settings };
-    const chosen = points.find((p) => p.second === (cursor ?? Math.floor(end) - (live ? 1 : 0))) || NOBODY;
+    const chosen = points.find((p) => p.second === (cursor ?? Math.floor(end) - (live ? 1 : 0))) || EMPTY_SECOND;
     for (const chart of charts) {
       plot(chart, view);
       chart.keys.forEach(([, , value, few], i) => {
@@ -244,7 +244,7 @@ const mean = (sizes, step = 1) => {
 function unpack(bytes) {
   const snapshot = JSON.parse(new TextDecoder().decode(bytes)), reasons = Object.keys(snapshot.batches);
   const series = snapshot.rows.map((row, i) => {
-    if (!row) return { ...NOBODY, second: snapshot.first + i };
+    if (!row) return { ...EMPTY_SECOND, second: snapshot.first + i };
     const [queue_depth, in_flight, arrivals, ok, shed, expired, failed, unavailable, samples, p50, p95, p99, wait, work, padding, step, digits, why] = row;
     const sizes = Object.fromEntries([...digits].map((digit, level) => [(level + 1) * step, +digit]).filter(([, n]) => n));
     return {

@@ -25,8 +25,8 @@ from serving_kit.log import Limiter
 
 _HEAD_S = 15.0
 _MOST_HEAD_BYTES = 2**16  # ten times what proxies and browsers send
-# After a refused head, what still comes is discarded within these bounds: bytes that nobody has read make
-# the system reset the connection, and the client may then lose the refusal.
+# After a refused head, what still comes is discarded within these bounds: unread bytes make the system
+# reset the connection, and the client may then lose the refusal.
 _LINGER_S, _LINGER_BYTES = 2.0, 2**24
 _limiter = Limiter()  # any client can send what is no HTTP, as often as it likes
 _limiter_lock = threading.Lock()

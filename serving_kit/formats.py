@@ -41,7 +41,7 @@ _IGNORED = frozenset({"options"})
 _MEMBERS = frozenset({"inputs", "parameters"}) | _IGNORED
 _URLENCODED_STARTS = tuple(f"{name}=".encode() for name in sorted(_MEMBERS))
 _MOST_FIELDS = 1000  # of a form; their sizes are bounded by that of the body
-_QUIET = logging.Logger(__name__, logging.CRITICAL)  # of a bad form, only its client hears
+_QUIET = logging.Logger(__name__, logging.CRITICAL)  # a bad form is reported to its client only
 _TEXT_COMMANDS = 'send the text itself, curl -d "..." URL, or as a field, curl -F "inputs=..." URL'
 _FILE_COMMANDS = "send the file itself, curl --data-binary @FILE URL, or in a form, curl -F inputs=@FILE URL"
 

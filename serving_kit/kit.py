@@ -249,7 +249,7 @@ class Server:
                 if not self._replaced:
                     self._announce_stop()
                     self._end(self.drain_s if timeout is None else timeout)
-            finally:  # also when ■ has ended the patience: it has stopped then, too
+            finally:  # also when ■ interrupts the drain: it has stopped then, too
                 if _servers.get(self.name) is self:
                     del _servers[self.name]
                 self._finish_panel()
@@ -323,7 +323,7 @@ class Server:
         self._service.drain()
         try:
             self._inline.stop(drain_s)
-        finally:  # also if its loop has died, or ■ has ended the patience
+        finally:  # also if its loop has died, or ■ interrupts the drain
             self._service.abandon()
 
     def _refuse_if_gone(self) -> None:
@@ -578,7 +578,7 @@ def _start(
         service.log.replaced(service.model_name, server.url)
         try:
             old._end(old.drain_s)
-        finally:  # also when ■ has ended the patience: it has stopped then, too
+        finally:  # also when ■ interrupts the drain: it has stopped then, too
             old._become_replaced()
     return server
 
@@ -680,7 +680,7 @@ def create_app(
     SERVING_KIT_SETTINGS names.
 
     How long a stop takes is up to the ASGI server, too: say `uvicorn --timeout-graceful-shutdown 30`. What it
-    then cuts off is answered with 503. It closes the port before the app hears of the stop, so there is no
+    then cuts off is answered with 503. It closes the port before the app is told of the stop, so there is no
     lame-duck time here.
 
     An app that is mounted in another one starts with the lifespan of that one, which has to pass it on; until
@@ -712,7 +712,7 @@ def create_app(
         allowed_origins: As for `serve()`.
         live_timeout_s: As for `serve()`.
         require_token: As for `serve()`.
-        drain_s: Seconds for what is still admitted when the ASGI server ends the app's lifespan; default 30.
+        drain_s: Seconds for what is still admitted when the ASGI server ends the app's lifespan; default 25.
         threads: torch's threads for one operation, in the whole process. Default: the CPUs that affinity and
             cgroup quota allow, at most as many as torch itself would take. Divide them among the processes
             if there are several.

@@ -23,7 +23,7 @@ from serving_kit.tasks import refuse_unserved
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
-_HUB_PATIENCE_S = 5.0
+_HUB_TIMEOUT_S = 5.0
 # By the end of the architecture's name in config.json.
 _TASKS = {
     "ForMaskedLM": "fill-mask",
@@ -176,7 +176,7 @@ def _where(source: str, kwargs: Mapping[str, Any]) -> str:
 
     if not constants.is_offline_mode():
         try:
-            get_session().head(constants.ENDPOINT, timeout=_HUB_PATIENCE_S)
+            get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
         except Exception:  # its kinds belong to whatever library the session is of
             pass
         else:

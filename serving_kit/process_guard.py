@@ -100,7 +100,7 @@ class _OutOfCells(logging.Filter):
     """Hands records of this kit to every handler that would get them, but for those that write into a cell.
 
     Handlers are looked up for each record, so that `logging.basicConfig()` in a later cell changes nothing.
-    What somebody attached to one of our own loggers is meant for our lines, wherever it writes.
+    A handler that is attached to one of our own loggers gets our lines, wherever it writes.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

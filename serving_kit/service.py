@@ -433,9 +433,9 @@ class Service:
         running = self.batcher.running
         if running is None:
             return None
-        patience = max(_STUCK_TIMEOUTS * self.settings.timeout_s, _STUCK_EXPECTED * running.expected_s)
-        took = self.clock() - running.since
-        return took if took > max(patience, _STUCK_AT_LEAST_S) else None
+        expected_s = max(_STUCK_TIMEOUTS * self.settings.timeout_s, _STUCK_EXPECTED * running.expected_s)
+        took_s = self.clock() - running.since
+        return took_s if took_s > max(expected_s, _STUCK_AT_LEAST_S) else None
 
     def snapshot(self, series: int = 0) -> dict[str, Any]:
         """Everything that there is to see now, as a JSON object. Durations are in milliseconds.

@@ -28,7 +28,7 @@ def reason(server: Any) -> str:
     return str(server.stats()["reason"])
 
 
-def says(server: Any, words: str) -> None:
+def assert_reason(server: Any, words: str) -> None:
     until(lambda: words in reason(server), timeout=30, what=words)
 
 
@@ -92,7 +92,7 @@ def test_a_change_that_does_not_get_through_is_noticed(serve: Serve, change: Cal
     server(TEXT)
     assert reason(server) == ""
     change(pipe)
-    says(server, "were replaced since serve(), which is not served: run serve() again")
+    assert_reason(server, "were replaced since serve(), which is not served: run serve() again")
     assert server.stats()["state"] == "ready"
     again = serve(pipe)
     assert reason(again) == ""
@@ -104,9 +104,9 @@ def test_another_model_or_tokenizer_in_the_pipeline_is_noticed(serve: Serve) -> 
         pipe = fresh(task)
         server = serve(pipe)
         model, pipe.model = pipe.model, copy.deepcopy(pipe.model)
-        says(server, "another model since serve()")
+        assert_reason(server, "another model since serve()")
         pipe.model, pipe.tokenizer = model, copy.deepcopy(pipe.tokenizer)
-        says(server, "another tokenizer since serve()")
+        assert_reason(server, "another tokenizer since serve()")
 
 
 def test_without_a_shortcut_the_model_is_the_notebooks_own_and_changes_get_through(serve: Serve) -> None:
@@ -224,7 +224,7 @@ def test_training_mode_after_serve_disturbs_no_copy_and_is_noticed_where_there_i
     pipe.model.eval()
     server = serve(pipe, shortcuts=False)
     pipe.model.train()
-    says(server, "in training mode, so answers vary: call pipe.model.eval()")
+    assert_reason(server, "in training mode, so answers vary: call pipe.model.eval()")
     pipe.model.eval()
     until(lambda: reason(server) == "", timeout=30)
 

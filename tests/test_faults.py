@@ -250,7 +250,7 @@ def test_a_model_that_fails_its_own_example_every_time_opens_the_breaker() -> No
     drive(test, example=("example", {}))
 
 
-def test_what_vouches_for_the_model_is_its_own_example_and_no_clients_input() -> None:
+def test_the_canary_is_the_models_own_example_and_no_clients_input() -> None:
     async def test(bench: Bench) -> None:
         await bench.ask("a client's")
         picky = Picky(bench, raise_for("poison"))

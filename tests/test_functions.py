@@ -158,7 +158,9 @@ def test_a_failure_runs_no_other_clients_input_again(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("answered_before", [False, True])
-def test_bad_inputs_close_the_server_to_nobody(serve: Any, answered_before: bool) -> None:
+def test_bad_inputs_of_one_client_do_not_close_the_server_to_others(
+    serve: Any, answered_before: bool
+) -> None:
     server = serve(raise_for_bad)
     if answered_before:
         assert server("good") == "GOOD"

@@ -292,7 +292,7 @@ def test_the_limiter_is_bounded_also_for_causes_without_end() -> None:
 # -- the list of failures ----------------------------------------------------------------------------
 
 
-def test_the_owner_lists_failures_over_http_and_nobody_else_does(serve: Serve) -> None:
+def test_only_the_owner_lists_failures_over_http(serve: Serve) -> None:
     server = serve(moody)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         told = [

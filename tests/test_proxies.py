@@ -155,7 +155,7 @@ def check_that_everything_takes(token: str, url: str) -> None:
         assert client.get("/stats").status_code == 200, "by its cookie"
 
 
-def test_serve_can_ask_everybody_for_the_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_can_require_the_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(shout, require_token=True)
     check_that_everything_takes(server.token, server.url)
     assert server("a") == "A", "the owner's cell needs none"
@@ -165,7 +165,7 @@ def test_serve_can_ask_everybody_for_the_token(serve: Serve, capsys: pytest.Capt
     assert httpx.post(again.url, content="a").json() == "A", "running the cell again without it takes it back"
 
 
-def test_an_app_can_ask_everybody_for_the_token(tmp_path: Any) -> None:
+def test_an_app_can_require_the_token(tmp_path: Any) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\n"
         "app = serving_kit.create_app(lambda texts: texts, token='a-token', require_token=True)\n"
@@ -192,7 +192,7 @@ def test_a_token_that_is_required_has_to_be_there(monkeypatch: pytest.MonkeyPatc
         serving_kit.create_app(shout, token="t", public=True, require_token=True)
 
 
-def test_the_command_can_ask_everybody_for_the_token() -> None:
+def test_the_command_can_require_the_token() -> None:
     pytest.importorskip("torch")
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--require-token"]

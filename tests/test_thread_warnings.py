@@ -34,7 +34,7 @@ def warn(texts: list[str]) -> list[str]:
     return [text.upper() for text in texts]
 
 
-def answers(server: Any) -> None:
+def assert_answers(server: Any) -> None:
     assert httpx.post(server.url, content="x").json() == "X"
     assert server(["a", "b"]) == ["A", "B"]
 
@@ -42,7 +42,7 @@ def answers(server: Any) -> None:
 def test_a_warning_on_the_model_thread_is_no_error_and_is_kept_for_the_owner(serve: Any) -> None:
     server = serve(warn)
     warnings.simplefilter("error")
-    answers(server)
+    assert_answers(server)
     assert sum("RuntimeWarning: about" in line for line in server.logs()[-3:]) == 3
     with pytest.raises(RuntimeWarning, match="about mine"):
         warn(["mine"])
@@ -51,19 +51,19 @@ def test_a_warning_on_the_model_thread_is_no_error_and_is_kept_for_the_owner(ser
 def test_however_the_cell_changes_the_filters_meanwhile(serve: Any) -> None:
     server = serve(warn)
     warnings.simplefilter("error")
-    answers(server)
+    assert_answers(server)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="about")
-        answers(server)
+        assert_answers(server)
     warnings.resetwarnings()
-    answers(server)
+    assert_answers(server)
     warnings.simplefilter("error", RuntimeWarning)
-    answers(server)
+    assert_answers(server)
 
 
 @pytest.mark.parametrize("action", ["once", "default", "module"])
 def test_what_the_model_has_warned_of_is_still_shown_in_the_cell(serve: Any, action: Any) -> None:
-    answers(serve(warn))
+    assert_answers(serve(warn))
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter(action)
         warn(["x"])
@@ -75,7 +75,7 @@ def test_the_filters_are_the_users_own_again_after_the_last_server(serve: Any) -
     before = list(warnings.filters)
     first, second = serve(warn, name="first"), serve(warn, name="second")
     first.stop()
-    answers(second)
+    assert_answers(second)
     second.stop()
     assert list(warnings.filters) == before
 
@@ -89,7 +89,7 @@ def test_libraries_may_copy_the_filters_and_send_them_to_processes_without_the_k
     """
     server = serve(warn)
     warnings.simplefilter("ignore")
-    answers(server)
+    assert_answers(server)
     assert len(copy.deepcopy(warnings.filters)) == len(warnings.filters)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -104,7 +104,7 @@ def test_libraries_may_copy_the_filters_and_send_them_to_processes_without_the_k
 def test_a_thread_of_the_users_own_keeps_the_users_filters(serve: Any) -> None:
     server = serve(warn)
     warnings.simplefilter("error")
-    answers(server)
+    assert_answers(server)
     raised: list[BaseException] = []
 
     def work() -> None:
