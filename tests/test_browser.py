@@ -210,8 +210,14 @@ def setting(url, name="max_batch_size"):
 
 
 def settled(page, panel, url):
-    """The batch size in force, once the panel says the same."""
-    assert until(page, lambda: panel.get_by_text(f"max_batch_size {setting(url)}: in force since").count())
+    """The batch size in force, once the panel says the same and asks for no other value."""
+    field = panel.get_by_label("max_batch_size, items")
+
+    def agreed():
+        said = panel.get_by_text(f"max_batch_size {setting(url)}: in force since").count()
+        return said and field.input_value() == str(setting(url))
+
+    assert until(page, agreed)
     return setting(url)
 
 
@@ -279,7 +285,8 @@ def test_in_jupyterlab(lab):
         # By keyboard, in an idle kernel; the arrow must not move the notebook's cursor instead.
         slider.focus()
         page.keyboard.press("ArrowRight")
-        assert until(page, lambda: setting(url) > moved)
+        focus = page.evaluate("document.activeElement.outerHTML")
+        assert until(page, lambda: setting(url) > moved), (moved, slider.input_value(), focus)
         drag(page, slider, 0.4)
         assert until(page, lambda: setting(url) > moved + 3)
 
