@@ -13,9 +13,9 @@ import time
 import models
 import torch
 
-from serving_kit.cost import CostModel
-from serving_kit.loading import load_model
-from serving_kit.scheduler import cheapest_cuts
+from serving_kit.models.loading import load_model
+from serving_kit.scheduling.cost import CostModel
+from serving_kit.scheduling.scheduler import cheapest_cuts
 
 _MOST = 32  # items in one batch, as in ours
 

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
         StartError,
         Unavailable,
     )
-    from serving_kit.kit import Server, create_app, serve, servers, stop_all
-    from serving_kit.nesting import allow_nested_asyncio
+    from serving_kit.notebook.nesting import allow_nested_asyncio
+    from serving_kit.server import Server, create_app, serve, servers, stop_all
     from serving_kit.settings import Settings
 
 _HOME = {
-    "kit": ("Server", "create_app", "serve", "servers", "stop_all"),
+    "server": ("Server", "create_app", "serve", "servers", "stop_all"),
     "settings": ("Settings",),
-    "nesting": ("allow_nested_asyncio",),
+    "notebook.nesting": ("allow_nested_asyncio",),
     "errors": (
         "ClientGone",
         "DeadlineExceeded",

@@ -15,7 +15,7 @@ Nobody waits for ever. What the model raises is dealt with on its thread (`recov
 code raises there ends the thread. The loop thread keeps the list of all that is unanswered, so that it
 can answer everybody whatever state the dead one has left behind.
 
-Not here: which items run together (`scheduler.py`), the forward itself (`forward.py`), whom to blame for
+Not here: which items run together (`scheduler.py`), the forward itself (`execution.py`), whom to blame for
 one that raised (`recovery.py`).
 """
 
@@ -30,8 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from serving_kit import forward, thread_warnings
-from serving_kit.breaker import Breaker, Gate
+from serving_kit import execution, thread_warnings
 from serving_kit.errors import (
     DeadlineExceeded,
     ModelFailed,
@@ -41,11 +40,12 @@ from serving_kit.errors import (
     Stopping,
     Unavailable,
 )
-from serving_kit.faults import WorkerDied
-from serving_kit.forward import Call, Job, Model, Result, dropped
+from serving_kit.execution import Call, Job, Model, Result, dropped
+from serving_kit.failures.breaker import Breaker, Gate
+from serving_kit.failures.classify import WorkerDied
+from serving_kit.failures.recovery import Canary, Recovery
 from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.recovery import Canary, Recovery
-from serving_kit.scheduler import Batch, Decision, Item, Scheduler, State
+from serving_kit.scheduling.scheduler import Batch, Decision, Item, Scheduler, State
 from serving_kit.settings import Settings
 
 THREAD_NAME = "serving-kit-model"
@@ -457,7 +457,7 @@ class Batcher:
             padded_tokens = len(items) * max(item.tokens for item in items)
             self.running = Running(self.clock(), self.scheduler.cost.high(padded_tokens))
         try:
-            return forward.run(model, items, self.clock, self._recovery.told)
+            return execution.run(model, items, self.clock, self._recovery.told)
         finally:
             self.running = None
 
@@ -466,7 +466,7 @@ class Batcher:
         model = self._model()
         self.running = Running(self.clock(), 0.0)
         try:
-            return forward.probe(model, value, parameters)
+            return execution.probe(model, value, parameters)
         finally:
             self.running = None
 

@@ -24,13 +24,13 @@ import uvicorn
 import uvicorn.server
 
 from serving_kit import __version__, log
-from serving_kit.app import build_app
-from serving_kit.connection import Connection
 from serving_kit.cpus import allowed_cpus
 from serving_kit.errors import SettingError, StartError
-from serving_kit.guard import access, is_loopback
+from serving_kit.http.access import access, is_loopback
+from serving_kit.http.app import build_app
+from serving_kit.http.connection import Connection
 from serving_kit.inline_server import bind, leave_out_of_children
-from serving_kit.loading import load_model
+from serving_kit.models.loading import load_model
 from serving_kit.options import (
     DRAIN_S,
     OPTIONS,

@@ -14,7 +14,7 @@ sees a refused one.
 uvicorn is not started with its own `Server.run`: that needs `asyncio.run`, which a notebook may have
 patched (nest_asyncio); an `asyncio.Runner` with a loop of our own works either way.
 
-Not here: which app (`app.py`), re-runs and ports (`kit.py`).
+Not here: which app (`app.py`), re-runs and ports (`server.py`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from typing import Any, TypeVar
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving_kit import process_guard, thread_warnings
-from serving_kit.connection import Connection
+from serving_kit import thread_warnings
 from serving_kit.errors import StartError
+from serving_kit.http.connection import Connection
+from serving_kit.notebook import process_settings
 
 THREAD_NAME = "serving-kit-http"
 _BACKLOG = 2048
@@ -172,7 +173,7 @@ class InlineServer:
         Raises:
             Exception: whatever the app's lifespan raised, or uvicorn did; nothing is left behind.
         """
-        process_guard.hold(self)
+        process_settings.hold(self)
         self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
         try:
             self._thread.start()
@@ -266,7 +267,7 @@ class InlineServer:
                 self._server.should_exit = True
             gone = self._join()
             self._close_port()
-            process_guard.release(self)
+            process_settings.release(self)
             if interrupt is not None:
                 raise interrupt
             return gone
@@ -319,7 +320,7 @@ class InlineServer:
         finally:
             self.died = self._ready.is_set() and not self._asked_to_end
             if self.died:  # a port that nobody serves must not take connections: they would wait for ever
-                process_guard.keep(f"the server's thread has died: {self._failure!r}")
+                process_settings.keep(f"the server's thread has died: {self._failure!r}")
                 self._close_port()
             self._give_up_waiting()
             self._ready.set()
@@ -457,7 +458,7 @@ class _Mounted:
             lifespan.cancel()
             await asyncio.wait({lifespan}, timeout=_GRACE_S)
         except Exception as error:
-            process_guard.keep(f"shutdown failed: {type(error).__name__}: {error}")
+            process_settings.keep(f"shutdown failed: {type(error).__name__}: {error}")
 
     async def _tell(self, phase: str) -> None:
         """Send one lifespan event; return when it is answered or the app has left."""
@@ -483,4 +484,4 @@ async def _finish(task: asyncio.Task[None]) -> None:
 
 
 def _keep_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    process_guard.keep(f"event loop: {context.get('message')} {context.get('exception') or ''}".rstrip())
+    process_settings.keep(f"event loop: {context.get('message')} {context.get('exception') or ''}".rstrip())

@@ -1,7 +1,7 @@
 """What the owner reads in a log: one line per failed request, and what has changed about the server.
 
 Two loggers of the standard library. A library adds no handlers, so where nothing is configured Python
-shows WARNING and above on stderr; in a kernel `process_guard.py` keeps the lines for `server.logs()`.
+shows WARNING and above on stderr; in a kernel `process_settings.py` keeps the lines for `server.logs()`.
 
     serving_kit          ERROR    a request failed, with its traceback; the model thread died; the device
                                   is lost
@@ -15,7 +15,7 @@ Every value in a message is also an attribute of the record (`extra=`), so that 
 parse. One cause writes at most 10 lines a minute, and later one line with how many were left out. A cause is
 an outcome, an exception class and the line that raised, never a client's text.
 
-Not here: which handlers there are in a kernel (`process_guard.py`).
+Not here: which handlers there are in a kernel (`process_settings.py`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from prometheus_client.core import (
     Metric,
 )
 
-from serving_kit.faults import Fault
+from serving_kit.failures.classify import Fault
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
 
 HISTORY_S = 300

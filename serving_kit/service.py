@@ -27,9 +27,7 @@ from typing import Any, Protocol
 
 from prometheus_client.core import Metric
 
-from serving_kit import faults
 from serving_kit.batching import Batcher
-from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -40,11 +38,13 @@ from serving_kit.errors import (
     Stopping,
     error_text,
 )
-from serving_kit.forward import Model, Result
+from serving_kit.execution import Model, Result
+from serving_kit.failures import classify
+from serving_kit.failures.breaker import Gate
 from serving_kit.log import ServerLog
 from serving_kit.metrics import HISTORY_S, Metrics, gauge
 from serving_kit.records import Incident, Outcome, RequestRecord, shorten
-from serving_kit.scheduler import Item, Scheduler
+from serving_kit.scheduling.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
 
 _KEPT_INCIDENTS = 100
@@ -542,9 +542,9 @@ class Service:
     def _keep_fault(self, failed: ServingError, error: BaseException) -> None:
         """Count and remember what went wrong on the model thread."""
         if not isinstance(failed, InputRejected):
-            self.metrics.add_fault(faults.kind(error))
+            self.metrics.add_fault(classify.kind(error))
         incident = self.keep_incident(failed, error)
-        if isinstance(error, faults.WorkerDied):
+        if isinstance(error, classify.WorkerDied):
             self.log.worker_died(incident)
 
 
@@ -571,7 +571,7 @@ def check_live_timeout(seconds: Any) -> None:
 
 def _cause(error: BaseException) -> str:
     """What failures of one kind have in common: the class, and the line that raised."""
-    source = (isinstance(error, faults.WorkerDied) and error.__cause__) or error
+    source = (isinstance(error, classify.WorkerDied) and error.__cause__) or error
     name, frames = type(source).__name__[:60], source.__traceback__
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next

@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from serving_kit.cost import CostModel
-from serving_kit.scheduler import Batch, Item, Scheduler
+from serving_kit.scheduling.cost import CostModel
+from serving_kit.scheduling.scheduler import Batch, Item, Scheduler
 from serving_kit.settings import Settings
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from serving_kit.batching import THREAD_NAME, Batcher
-from serving_kit.breaker import Gate
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -22,9 +21,10 @@ from serving_kit.errors import (
     ServingError,
     Unavailable,
 )
-from serving_kit.forward import Prepared, Result
+from serving_kit.execution import Prepared, Result
+from serving_kit.failures.breaker import Gate
 from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.scheduler import Item, Scheduler
+from serving_kit.scheduling.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
 
 pytestmark = pytest.mark.light

@@ -12,9 +12,7 @@ import pytest
 
 from serving_kit.cli import main
 from serving_kit.settings import KNOBS
-from tests.conftest import until
-
-ROOT = Path(__file__).parent.parent
+from tests.support import REPOSITORY, until
 
 
 def free_port() -> int:
@@ -81,7 +79,7 @@ def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--max-batch-size", "8"]
     environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
     with subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment
     ) as process:
         url = f"http://127.0.0.1:{port}"
         until(lambda: answers(url), timeout=60)
@@ -108,7 +106,7 @@ def test_on_the_network_the_command_wants_the_token_that_the_environment_gives_i
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--host", "0.0.0.0", "--port", str(port)]
     environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
     with subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment
     ) as process:
         url = f"http://127.0.0.1:{port}"
         until(lambda: answers(url), timeout=60)
@@ -131,7 +129,7 @@ def test_an_app_of_four_lines_runs_under_uvicorn(tmp_path: Path) -> None:
     )
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "server:app", "--port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
     with subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment
     ) as process:
@@ -155,7 +153,7 @@ def test_an_app_whose_model_cannot_be_loaded_says_why_and_does_not_start(tmp_pat
         text=True,
         timeout=30,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"},
         check=False,
     )
     assert done.returncode == 3

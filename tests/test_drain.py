@@ -20,16 +20,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import until
+from tests.support import REPOSITORY, until
 
-ROOT = Path(__file__).parent.parent
 # The command on a function: its model is what `load_model` would have made of an id. One forward of it
 # ends when the file "go" appears.
 COMMAND = """
 import sys, time
 from pathlib import Path
 import serving_kit.cli
-from serving_kit import loading
+from serving_kit.models import loading
 
 go = Path(sys.argv.pop(1))
 
@@ -105,7 +104,7 @@ class Process:
 
 @contextlib.contextmanager
 def running(command: list[str], port: int, go: Path, **more: Any) -> Iterator[Process]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{go.parent}"}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{go.parent}"}
     with subprocess.Popen(
         [sys.executable, *command],
         text=True,
@@ -344,7 +343,7 @@ def ask_health(url: str) -> int:
 FORKING = """
 import multiprocessing, sys, time
 import serving_kit.cli
-from serving_kit import loading
+from serving_kit.models import loading
 
 def work(texts):
     if not multiprocessing.active_children():

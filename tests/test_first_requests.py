@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import REPOSITORY, until
+from tests.support import REPOSITORY, until
 from tests.test_cli import answers, ended, free_port
 
 Serve = Callable[..., Any]

@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 import serving_kit
-from serving_kit.functions import CallableModel
+from serving_kit.models.functions import CallableModel
 from serving_kit.service import Service
 from serving_kit.settings import Settings
-from tests.conftest import until
+from tests.support import until
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]

@@ -25,14 +25,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from serving_kit import process_guard
-from serving_kit.app import build_app
 from serving_kit.errors import StartError
+from serving_kit.http.app import build_app
 from serving_kit.inline_server import InlineServer, bind
-from serving_kit.loading import load_model
+from serving_kit.models.loading import load_model
+from serving_kit.notebook import process_settings
 from serving_kit.service import Service
 from serving_kit.settings import Settings
-from tests.conftest import interrupt_the_main_thread, our_threads, run_script, until
+from tests.support import interrupt_the_main_thread, our_threads, run_script, until
 
 pytestmark = pytest.mark.light
 
@@ -703,7 +703,7 @@ NOISE = """
     import contextlib, http.client, logging, socket, sys, warnings
     if "basicConfig" in sys.argv:
         logging.basicConfig(level=logging.DEBUG)
-    from serving_kit import process_guard
+    from serving_kit.notebook import process_settings
     from serving_kit.inline_server import InlineServer, bind
 
     async def app(scope, receive, send):
@@ -738,7 +738,7 @@ NOISE = """
                 while sock.recv(1000):
                     pass
     server.stop()
-    print(process_guard.lines())
+    print(process_settings.lines())
 """
 
 
@@ -823,7 +823,7 @@ def test_what_went_wrong_on_the_thread_can_be_read_afterwards(start: Any) -> Non
         raise LookupError(f"found by {id(start)}")
 
     ask(start(broken))
-    until(lambda: any(f"found by {id(start)}" in line for line in process_guard.lines()))
+    until(lambda: any(f"found by {id(start)}" in line for line in process_settings.lines()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

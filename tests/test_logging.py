@@ -19,8 +19,8 @@ import pytest
 
 import serving_kit
 from serving_kit.log import MOST_LINES, JsonFormatter, Limiter
-from tests.conftest import until
-from tests.test_cli import ROOT, answers, free_port
+from tests.support import REPOSITORY, until
+from tests.test_cli import answers, free_port
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
@@ -335,7 +335,7 @@ def test_a_history_longer_than_what_is_kept_is_answered_with_what_is_kept(serve:
 
 
 def start(command: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", **variables}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}", **variables}
     return subprocess.Popen(
         command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder, env=environment
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from tests.conftest import until
-from tests.test_cli import ROOT, answers, free_port
+from tests.support import REPOSITORY, until
+from tests.test_cli import answers, free_port
 
 TOKEN = "a-secret-token"
 
@@ -24,7 +24,7 @@ def run(*options: str) -> tuple[list[str], str]:
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env=environment,
     ) as process:
         url = f"http://127.0.0.1:{port}"

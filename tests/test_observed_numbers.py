@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 import serving_kit
-from tests.conftest import until
+from tests.support import until
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]

@@ -17,7 +17,7 @@ from serving_kit import SettingError
 from serving_kit.cli import main
 from serving_kit.options import OPTIONS
 from serving_kit.settings import KNOBS
-from tests.conftest import run_script
+from tests.support import run_script
 
 pytestmark = pytest.mark.light
 

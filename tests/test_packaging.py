@@ -6,20 +6,19 @@ import subprocess
 import sys
 import tomllib
 from itertools import chain
-from pathlib import Path
 
 import pytest
 
 import serving_kit
+from tests.support import REPOSITORY
 
-ROOT = Path(__file__).parent.parent
 CORE = ["records", "errors", "settings", "cost", "scheduler", "forward", "recovery", "batching", "service"]
 
 
 def imported_by(statement: str) -> set[str]:
     script = f"{statement}; import sys, json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
     return set(json.loads(done.stdout))
 
@@ -45,7 +44,7 @@ def test_serving_a_function_imports_no_torch_and_no_widgets() -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=ROOT,
+        cwd=REPOSITORY,
     )
     assert not set(done.stdout.split()) & {"torch", "transformers", "ipywidgets", "anywidget", "IPython"}
 
@@ -62,8 +61,8 @@ def test_the_public_names_are_these() -> None:
 def test_the_environment_file_is_a_thin_layer_over_the_project_file() -> None:
     import yaml
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
     assert environment["name"] == project["name"]
     python, pip, section = environment["dependencies"]
     assert python == f"python{project['requires-python']}"
@@ -77,10 +76,10 @@ def test_the_environment_file_is_a_thin_layer_over_the_project_file() -> None:
 def test_the_constraints_keep_to_the_ranges_of_the_project_file() -> None:
     from packaging.requirements import Requirement
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pins = dict(
         line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().lower().splitlines()
+        for line in (REPOSITORY / "constraints.txt").read_text().lower().splitlines()
         if "==" in line
     )
     wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]

@@ -14,11 +14,10 @@ pytest.importorskip("torch")
 
 import serving_kit
 from serving_kit.settings import KNOBS, Settings
-from tests.conftest import until
+from tests.support import REPOSITORY, until
 from tests.test_cli import free_port
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -46,7 +45,7 @@ def test_the_table_of_knobs_is_the_one_in_the_code() -> None:
 
 
 def test_the_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (REPOSITORY / "Makefile").read_text()
     targets = [command.split()[1] for command in commands() if command.startswith("make ")]
     assert targets == ["demo", "test", "lab"]
     for target in [*targets, "lint", "format"]:

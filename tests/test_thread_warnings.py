@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import run_script
+from tests.support import run_script
 
 pytestmark = pytest.mark.light
 

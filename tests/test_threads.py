@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_script
+from tests.support import run_script
 
 pytest.importorskip("torch")
 

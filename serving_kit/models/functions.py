@@ -1,0 +1,220 @@
+"""Any function from a list to a list as a model: what it is called with, and what clients may set.
+
+    server("a")            f(["a"])              one input
+    server(["a", "b"])     f(["a", "b"])         a list is always several inputs, which may share a call
+    server([[1, 2, 3]])    f([[1, 2, 3]])        one input that is itself a list
+    server(np.zeros(3))    f([np.zeros(3)])      an array is one input
+
+Over HTTP the same holds for `{"inputs": ...}`.
+
+Not here: when it is called (`batching.py`), what follows when it raises (`recovery.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from typing import Any
+
+from serving_kit.errors import MalformedRequest
+from serving_kit.execution import Prepared
+from serving_kit.failures.classify import WrongNumberOfOutputs
+
+_JSON_ATOMS = (str, int, float, bool, type(None))
+_ATOMS = frozenset({*_JSON_ATOMS, complex, bytes})
+
+
+class CallableModel:
+    """Any `list -> list` function: one output for each input, in order.
+
+    Clients may set its keyword-only parameters, and with `**kwargs` also names that it does not declare.
+    Never a parameter that can be passed by position (`def f(texts, model=model)` is a notebook's way to
+    hold on to something), nor what a `functools.partial` holds. Inputs share a call only if their
+    parameters are equal. Every input counts as one token.
+
+    Inputs are copied before a call, as deep as lists, tuples, dicts, arrays and tensors go, and outputs
+    after it: a function may change its inputs, and is called again with parts of a list on which it has
+    raised; and it may return views of a buffer that it uses again.
+    """
+
+    task_name = "function"
+    device = "python"
+    media = False
+    max_batch_size: int | None = None
+    notes: Sequence[str] = ()
+    timings: Sequence[tuple[int, float]] = ()
+    example = None  # a function is not called with inputs that no client has sent
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self._settable, self._reserved = _parameters(function)
+
+    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+        """Raise `MalformedRequest` for a parameter that clients may not set."""
+        for name in parameters:
+            if name in self._settable or (self._reserved is not None and name not in self._reserved):
+                continue
+            known = ", ".join(sorted(self._settable)) or "none"
+            if self._reserved is not None:
+                raise MalformedRequest(f"parameter {name[:60]!r} cannot be set by clients")
+            raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
+
+    def changed(self) -> str:
+        """Empty: a function is called as it is now."""
+        return ""
+
+    def warm_up(self) -> list[tuple[int, float]]:
+        """Nothing; see `example`."""
+        return []
+
+    def estimate(self, value: Any) -> int:
+        """One token each: nothing is known about what an input costs."""
+        return 1
+
+    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
+        """Keep the value as it is."""
+        return Prepared((value, parameters), 1, _group(parameters))
+
+    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
+        """Call the function with the list of values.
+
+        Raises:
+            TypeError: it returned something else than a list, tuple or array.
+            WrongNumberOfOutputs: not one output for each input.
+        """
+        inputs = [_copied(each.payload[0]) for each in batch]
+        _, parameters = batch[0].payload
+        outputs = self.function(inputs, **_copied(dict(parameters)))
+        if not _is_list_like(outputs):
+            if inspect.iscoroutine(outputs):
+                outputs.close()
+            raise TypeError(
+                f"{self.name} must return a list with one output for each input, in their order; "
+                f"it returned {type(outputs).__name__}"
+            )
+        if len(outputs) != len(batch):
+            raise WrongNumberOfOutputs(
+                f"{self.name} was called with a list of {_count(len(batch), 'input')} and returned "
+                f"{_count(len(outputs), 'output')}; it must return one output for each input, in their "
+                "order. A list that is sent to the server is several inputs: one input that is itself a "
+                "list, such as one row of numbers, is sent as [[1, 2, 3]] or as an array"
+            )
+        return list(outputs)
+
+    def finish(self, output: Any, prepared: Prepared) -> Any:
+        """A copy of the output that shares no memory with what the function may use again."""
+        return _copied(output)
+
+
+def _is_list_like(outputs: Any) -> bool:
+    """Whether iterating gives one output after the other, in a fixed order."""
+    # A set has no order, and iterating a DataFrame gives the names of its columns.
+    if isinstance(outputs, (str, bytes, Mapping, Set)) or hasattr(outputs, "columns"):
+        return False
+    return hasattr(outputs, "__len__")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _copied(value: Any) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list or kind is tuple:  # most are long and flat: embeddings, scores
+        return kind(value if _ATOMS.issuperset(map(type, value)) else map(_copied, value))
+    if kind is dict:
+        return {name: _copied(each) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_copied, value))
+    if isinstance(value, (list, tuple)):  # to JSON a subclass is a list as well
+        return list(map(_copied, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        record: Any = copy.copy(value)
+        for each in dataclasses.fields(value):
+            object.__setattr__(record, each.name, _copied(getattr(value, each.name)))  # also if it is frozen
+        return record
+    if isinstance(value, dict):  # such as an OrderedDict, or what transformers' models return
+        own = copy.copy(value)
+        for name, each in value.items():
+            own[name] = _copied(each)
+        return own
+    if hasattr(value, "tolist"):  # what becomes JSON by its `tolist`: numpy, torch and their like
+        for name in ("clone", "copy", "__copy__"):
+            if (duplicate := getattr(value, name, None)) is not None:
+                return duplicate()
+    return value
+
+
+# -- parameters -----------------------------------------------------------------------------------------
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str] | None]:
+    """The names that clients may set, and with `**kwargs` those that they may not; else None."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return frozenset(), None
+    held = _held(function)
+    settable = {each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY} - held
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return frozenset(settable), None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return frozenset(settable), held | {"self"} | {
+        each.name for each in parameters if each.kind in positional
+    }
+
+
+def _held(function: Any) -> frozenset[str]:
+    """Keywords of a `functools.partial`, also below decorators."""
+    held: set[str] = set()
+    while function is not None:
+        if isinstance(function, functools.partial):
+            held |= function.keywords.keys()
+            function = function.func
+        else:
+            function = getattr(function, "__wrapped__", None)
+    return frozenset(held)
+
+
+class _Identity:
+    """Equal for one and the same object only."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value  # kept, so that no other object gets its id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+def _group(parameters: Mapping[str, Any]) -> Hashable:
+    """What may share a call: equal parameters, as far as JSON can tell; else the inputs of one request."""
+    if not parameters:
+        return ""
+    try:
+        if _is_json(dict(parameters)):
+            return json.dumps(parameters, sort_keys=True)
+    except (RecursionError, ValueError):  # too deep, or an integer with too many digits
+        pass
+    return _Identity(parameters)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON tells it from every other value. It does not for tuples, subclasses, other keys."""
+    kind = type(value)
+    if kind is dict:
+        return all(type(name) is str and _is_json(each) for name, each in value.items())
+    if kind is list:
+        return all(map(_is_json, value))
+    return kind in _JSON_ATOMS

@@ -1,0 +1,276 @@
+"""From what `serve()` was given to a model that can answer, or an error that says what to do.
+
+torch and transformers are imported when a pipeline is loaded, never before.
+
+Not here: what a model does with an input (`pipeline.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from serving_kit.errors import StartError
+from serving_kit.models.functions import CallableModel
+from serving_kit.models.pipeline import PipelineModel, short_name
+from serving_kit.models.tasks import refuse_unserved
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+DEMO_NAME = "serving-kit-demo"
+_HUB_TIMEOUT_S = 5.0
+# By the end of the architecture's name in config.json.
+_TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForObjectDetection": "object-detection",
+    "ForCTC": "automatic-speech-recognition",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "Model": "feature-extraction",
+}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+ServedModel = PipelineModel | CallableModel
+
+
+def load_model(
+    model: Any = None,
+    *,
+    task: str | None = None,
+    device: Any = None,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    shortcuts: bool = True,
+    threads: int | None = None,
+    most_threads: int | None = None,
+) -> ServedModel:
+    """Load what `serve(model)` was given, and warm it up.
+
+    Thread: the caller's, so that progress bars and interrupts go where they belong.
+
+    Args:
+        model: None for the bundled demo model; a Hub id or folder; a `Pipeline`; a `list -> list`
+            callable.
+        task: A task of `transformers.pipeline`; None lets it find out.
+        device: As for `transformers.pipeline`; None takes the first accelerator, else the CPU.
+        pipeline_kwargs: More arguments for `transformers.pipeline`.
+        shortcuts: Take shorter roads to the same answers (`mask_head.py`, `fast_linear.py`).
+        threads: torch's threads for one operation, in the whole process; None leaves them as they are.
+        most_threads: Fewer of them, if they are more than this and neither `threads` nor the environment
+            (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`) says how many there should be.
+
+    Raises:
+        StartError: with what to do about it.
+    """
+    served: ServedModel
+    if model is None or isinstance(model, (str, os.PathLike)):
+        _import_transformers()
+    _set_threads(threads, most_threads)
+    if model is None:
+        with _without_progress_bar():  # it takes a tenth of a second
+            pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
+        served = PipelineModel(pipe, DEMO_NAME, shortcuts)
+    elif isinstance(model, (str, os.PathLike)):
+        pipe = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
+        served = PipelineModel(pipe, short_name(os.fspath(model)), shortcuts)
+    elif task or device is not None or pipeline_kwargs:
+        raise StartError(
+            "task, device and pipeline_kwargs are for loading a model by its id or folder; give them to "
+            "transformers.pipeline(...) where you make the pipeline"
+        )
+    elif all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
+        served = PipelineModel(model, shortcuts=shortcuts)
+    elif callable(model):
+        if _is_async(model):
+            raise StartError(f"{_name(model)} must be a plain function from a list to a list, not async")
+        if hasattr(model, "named_parameters") and hasattr(model, "state_dict"):
+            raise StartError(
+                f"{_name(model)} is a model without its tokenizer; pass transformers.pipeline(task, "
+                "model=model, tokenizer=tokenizer)"
+            )
+        _refuse_what_takes_no_list(model)
+        served = CallableModel(model)
+    else:
+        raise StartError(
+            f"cannot serve {type(model).__name__}: pass a Hub id, a folder, a transformers Pipeline, "
+            "or a function from a list to a list"
+        )
+    try:
+        served.timings = served.warm_up()
+    except Exception as error:
+        raise StartError(f"{served.name} is loaded, but cannot answer: {_explain(error)}") from error
+    return served
+
+
+def _import_transformers() -> None:
+    try:
+        import torch  # noqa: F401
+        from transformers import pipeline  # noqa: F401
+    except ImportError as error:
+        raise StartError("serving a model by name needs transformers and torch: pip install torch") from error
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _set_threads(threads: int | None, most: int | None) -> None:
+    """Tell torch, if anything has imported it. Other threads take the number over when they first use it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    if threads is None and most is not None and not any(name in os.environ for name in _THREAD_VARIABLES):
+        threads = min(most, torch.get_num_threads())
+    if threads is not None and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> Any:
+    from transformers import pipeline
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    if device is not None:
+        kwargs["device"] = device
+    try:
+        if task is not None:
+            refuse_unserved(
+                PIPELINE_REGISTRY.check_task(task)[0]
+            )  # before the weights, which may take minutes
+        place = _where(source, kwargs)
+        if task is None and os.path.isdir(place):
+            _refuse_without_task(place)
+        return pipeline(task=task, model=place, **kwargs)
+    except StartError as error:
+        raise StartError(f"cannot load {source!r}: {error}") from None
+    except Exception as error:
+        raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
+
+
+def _where(source: str, kwargs: Mapping[str, Any]) -> str:
+    """What to load an id from: the Hub, or if that cannot be reached the folder of the cached copy.
+
+    huggingface_hub itself tries six times for every file, which is half a minute for an id that is
+    misspelt.
+    """
+    if os.path.isdir(source):
+        return source
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    if not constants.is_offline_mode():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+        except Exception:  # its kinds belong to whatever library the session is of
+            pass
+        else:
+            return source
+    cache = (kwargs.get("model_kwargs") or {}).get("cache_dir")
+    return str(
+        snapshot_download(source, revision=kwargs.get("revision"), cache_dir=cache, local_files_only=True)
+    )
+
+
+def _refuse_without_task(folder: str) -> None:
+    """Only the Hub states a model's task; its folder can suggest one.
+
+    Raises:
+        StartError: with the task to pass, unless the folder brings a pipeline of its own.
+    """
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise StartError("that folder has no config.json that can be read: it holds no model") from None
+    if config.get("custom_pipelines"):
+        return
+    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    task = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+    if task == "text-classification" and Path(folder, "preprocessor_config.json").exists():
+        task = "audio-classification"
+    advice = f"task={task!r}, which fits a {architecture}" if task else "such as task='fill-mask'"
+    raise StartError(
+        f"its task cannot be found out here: only the Hub states it, for an id. Pass it: {advice}"
+    )
+
+
+def _explain(error: BaseException) -> str:
+    """What went wrong in a line, and what to do. The traceback stays attached as the cause."""
+    chain = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {type(each).__name__ for each in chain}
+    story = " ".join(map(str, chain))
+    first = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "out of memory" in story.lower():
+        return (
+            "out of memory. Free some (stop other servers, restart other kernels), take a smaller model, "
+            "load in half precision (pipeline_kwargs={'dtype': 'float16'}), or if this replaces a running "
+            "server, stop that first: serve(..., stop_first=True)"
+        )
+    if "not compiled with CUDA" in story:
+        return "this build of torch has no CUDA; leave the device out, say 'cpu', or install another build"
+    if "GatedRepoError" in names:
+        return "its owner has to grant you access on the Hub first; then log in with `hf auth login`"
+    if names & {"RepositoryNotFoundError", "HFValidationError"} or "valid model identifier" in story:
+        return (
+            "there is no folder and no public model of that name. Check the spelling; a private model "
+            "needs `hf auth login`"
+        )
+    if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError"} or (
+        "couldn't connect" in story.lower()
+    ):
+        return (
+            "it is not on this machine and the Hub cannot be reached. Check the network, or pass a folder; "
+            "serving_kit.serve() without arguments works offline"
+        )
+    if "Unknown task" in story:
+        return f"{error.args[0] if error.args else first}"
+    if "Inferring the task" in story or "infer the task" in story.lower():
+        return f"{first} Say which task it is: serve({'...'}, task='fill-mask')"
+    return f"{type(error).__name__}: {first}"
+
+
+def _is_async(model: Any) -> bool:
+    """Whether calling it gives a coroutine or a generator: also for an object with such a `__call__`."""
+    return any(
+        test(each)
+        for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        for each in (model, type(model).__call__)
+    )
+
+
+def _refuse_what_takes_no_list(function: Any) -> None:
+    """Raise `StartError` if a function cannot be called with one list and nothing else."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind([])
+    except TypeError as error:
+        raise StartError(
+            f"{_name(function)} cannot be called with one list of inputs ({error}); what else it needs must "
+            "have a default, or be held by functools.partial"
+        ) from None
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))

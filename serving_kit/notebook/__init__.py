@@ -1,0 +1,1 @@
+"""What a server shows and changes in a notebook's kernel."""

@@ -1,0 +1,277 @@
+"""Who may ask: this machine by its own name, pages from here, and whoever has the token."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from serving_kit import create_app
+from serving_kit.http.access import Access, access
+
+pytestmark = pytest.mark.light
+Serve = Callable[..., Any]
+HERE, OUTSIDE = ("127.0.0.1", 8000), ("192.168.1.7", 8000)
+LOCAL = Access("secret")
+EVERY_ROUTE = [
+    ("GET", "/"),
+    ("POST", "/"),
+    ("GET", "/panel.js"),
+    ("GET", "/info"),
+    ("GET", "/stats"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/settings"),
+    ("PATCH", "/settings"),
+    ("GET", "/nothing"),
+]
+
+
+def status(
+    rule: Access, method: str = "POST", path: str = "/", server: Any = HERE, **headers: str
+) -> int | None:
+    given = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
+    refusal = rule.refusal(method, path, server, given)
+    return refusal and refusal.status
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1:8000",
+        "localhost",
+        "LOCALHOST:8000",
+        "localhost.",
+        "a.localhost:1",
+        "[::1]:8000",
+        "127.9.9.9",
+    ],
+)
+def test_this_machine_may_ask_by_its_own_names(host: str) -> None:
+    assert status(LOCAL, host=host) is None
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example:8000",
+        "localhost.evil.example",
+        "192.168.1.7",
+        "0.0.0.0:8000",
+        "",
+        "[::2]",
+        "127.0.0.1.x",
+    ],
+)
+def test_a_name_that_may_have_been_rebound_is_refused(host: str) -> None:
+    assert status(LOCAL, host=host) == 403
+    assert status(LOCAL, host=host, authorization="Bearer secret") is None
+    assert status(LOCAL, "GET", "/live", host=host) is None
+
+
+def test_a_name_that_was_allowed_is_known() -> None:
+    rule = access("secret", allowed_hosts=["Models.example"])
+    assert status(rule, host="models.example:443") is None
+    assert status(rule, host="other.example") == 403
+
+
+@pytest.mark.parametrize("variable", ["JUPYTERHUB_SERVICE_PREFIX", "COLAB_RELEASE_TAG", "VSCODE_PROXY_URI"])
+def test_behind_a_proxy_without_a_known_name_any_name_is_taken_that_cannot_have_been_rebound(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "x")
+    assert status(access("secret"), host="hub.example") is None
+    assert status(access("secret"), host=f"hub.example:{HERE[1]}") == 403
+    assert status(access("secret"), server=("127.0.0.1", 80), host="hub.example") == 403
+    assert status(access("secret"), host="hub.example", origin="https://evil.example") == 403
+
+
+FOREIGN = [
+    {"origin": "https://evil.example"},
+    {"origin": "http://localhost:3000"},
+    {"origin": "null"},
+    {"origin": "http://localhost:8000", "sec_fetch_site": "same-site"},
+    {"sec_fetch_site": "cross-site"},
+]
+OURS = [
+    {},
+    {"origin": "http://localhost:8000"},
+    {"origin": "https://hub.example", "sec_fetch_site": "same-origin"},  # a proxy that rewrites Host
+    {"origin": "https://hub.example", "x_forwarded_host": "hub.example"},
+    {"sec_fetch_site": "none"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_a_page_from_elsewhere_may_not_post(headers: dict[str, str]) -> None:
+    host = "localhost:8000"
+    assert status(LOCAL, host=host, **headers) == 403
+    assert status(LOCAL, host=host, authorization="Bearer secret", **headers) is None
+    assert status(LOCAL, host=host, authorization="Bearer wrong", **headers) == 403
+    cookie = (LOCAL.pass_for(b"token=secret", HERE) or "").partition(";")[0]
+    assert status(LOCAL, host=host, cookie=cookie, **headers) == 403
+    assert status(Access("secret", public=True), host=host, **headers) is None
+
+
+@pytest.mark.parametrize("headers", OURS)
+def test_our_own_page_may(headers: dict[str, str]) -> None:
+    assert status(LOCAL, host="localhost:8000", **headers) is None
+
+
+def test_a_link_may_be_followed_and_an_allowed_origin_may_ask() -> None:
+    assert status(LOCAL, "GET", host="localhost", sec_fetch_site="cross-site") is None
+    rule = access("secret", allowed_origins=["https://app.example"])
+    origin = {"origin": "https://app.example", "sec_fetch_site": "cross-site"}
+    assert status(rule, host="localhost", **origin) is None
+    assert status(rule, host="localhost", origin="https://other.example") == 403
+
+
+@pytest.mark.parametrize(
+    ("rule", "server"),
+    [(LOCAL, OUTSIDE), (access("secret", "0.0.0.0"), HERE), (access("secret", "192.168.1.7"), OUTSIDE)],
+)
+def test_from_outside_everything_takes_the_token(rule: Access, server: Any) -> None:
+    for method, path in EVERY_ROUTE:
+        assert status(rule, method, path, server, host="localhost") == 401
+        assert status(rule, method, path, server, host="any", authorization="bearer secret") is None
+        for wrong in ("Bearer", "Bearer x", "Basic secret", "secret", "Bearer secretx", "Bearer é"):
+            assert status(rule, method, path, server, authorization=wrong) == 401
+    for path in ("/live", "/health"):
+        assert status(rule, "GET", path, server, host="any") is None
+
+
+def test_without_a_token_only_this_machine_may_ask() -> None:
+    assert status(Access(), server=HERE, host="localhost") is None
+    assert status(Access(), server=("/run/x.sock", None), host="localhost") is None
+    for server in (OUTSIDE, None, ("testserver", 80), ("testserver", None)):
+        assert status(Access(), server=server, host="localhost") == 403
+    assert status(Access(), server=HERE, host="evil", authorization="Bearer ") == 403
+    assert Access().pass_for(b"token=", HERE) is None
+
+
+def test_the_cookie_opens_what_its_token_opens_and_is_not_the_token() -> None:
+    cookie = LOCAL.pass_for(b"a=b&token=secret", OUTSIDE)
+    assert cookie is not None
+    assert "secret" not in cookie
+    assert "HttpOnly; SameSite=Lax" in cookie
+    pair = cookie.partition(";")[0]
+    assert status(LOCAL, "GET", "/stats", OUTSIDE, cookie=f"other=1; {pair}") is None
+    assert status(Access("changed"), "GET", "/stats", OUTSIDE, cookie=pair) == 401
+    for wrong in (b"", b"token=", b"token=wrong", b"xtoken=secret", b"token=secret&token=no"):
+        assert LOCAL.pass_for(wrong, OUTSIDE) is None
+
+
+# -- over HTTP -------------------------------------------------------------------------------------
+
+
+def shout(texts: list[str]) -> list[str]:
+    return [text.upper() for text in texts]
+
+
+@pytest.fixture
+def outside(serve: Serve) -> Any:
+    return serve(shout, host="0.0.0.0")
+
+
+def test_on_the_network_the_cell_is_told_once_and_not_the_token(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outside = serve(shout, host="0.0.0.0")
+    said = capsys.readouterr().out
+    assert said.count("other machines can reach it") == 1
+    assert outside.token not in said
+    assert outside("a") == "A"
+
+
+def test_on_the_network_every_route_wants_the_token(outside: Any) -> None:
+    token = {"authorization": f"Bearer {outside.token}"}
+    with httpx.Client(base_url=outside.url) as client:
+        for method, path in EVERY_ROUTE:
+            refused = client.request(method, path, content="x")
+            assert (refused.status_code, refused.json()["status"]) == (401, 401)
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert outside.token not in refused.text
+            assert client.request(method, path, content="x", headers=token).status_code != 401
+        assert client.post("/", content="a", headers=token).json() == "A"
+        assert client.get("/health").status_code == client.get("/live").status_code == 200
+
+
+def test_a_browser_gets_in_by_its_address_once_and_settings_still_take_the_token(outside: Any) -> None:
+    with httpx.Client(base_url=outside.url, follow_redirects=True) as browser:
+        assert browser.get("/?token=wrong").status_code == 401
+        page = browser.get(f"/?token={outside.token}")
+        assert page.status_code == 200
+        assert page.url == f"{outside.url}/", "the token is not in the address any more"
+        assert page.history[0].headers["cache-control"] == "no-store"
+        assert browser.get("/stats").status_code == 200
+        assert browser.post("/", content="a").json() == "A"
+        assert browser.patch("/settings", json={"max_batch_size": 2}).status_code == 401
+        drive_by = browser.post("/", content="a", headers={"origin": "http://localhost:1"})
+        assert drive_by.status_code == 403
+
+
+def test_a_drive_by_post_never_reaches_the_model(serve: Serve) -> None:
+    server = serve(shout)
+    host, port = "127.0.0.1", int(server.url.rpartition(":")[2])
+    for header in (b"host: evil.example", b"host: localhost\r\norigin: https://evil.example"):
+        with socket.create_connection((host, port), timeout=10) as sock:
+            post = (
+                b"POST / HTTP/1.1\r\n"
+                + header
+                + b"\r\ncontent-type: text/plain\r\ncontent-length: 1\r\n\r\na"
+            )
+            sock.sendall(post)
+            answer = sock.recv(2000).lower()
+        assert answer.startswith(b"http/1.1 403")
+        assert b"access-control" not in answer
+    assert sum(server.stats()["requests"].values()) == 0
+
+
+def test_running_the_cell_again_with_other_rules_applies_them_and_keeps_the_token(serve: Serve) -> None:
+    first = serve(shout)
+    token, ask = first.token, {"host": "models.example"}
+    assert httpx.post(first.url, content="a", headers=ask).status_code == 403
+    second = serve(shout, allowed_hosts=["models.example"])
+    assert (second.url, second.token) == (first.url, token)
+    assert httpx.post(second.url, content="a", headers=ask).json() == "A"
+
+
+def test_an_allowed_origin_gets_cors_and_nobody_else(serve: Serve) -> None:
+    origin = "https://app.example"
+    server = serve(shout, allowed_origins=[origin])
+    ask = {"origin": origin, "sec-fetch-site": "cross-site"}
+    preflight = {**ask, "access-control-request-method": "POST"}
+    assert httpx.options(server.url, headers=preflight).headers["access-control-allow-origin"] == origin
+    answer = httpx.post(server.url, content="a", headers=ask)
+    assert (answer.json(), answer.headers["access-control-allow-origin"]) == ("A", origin)
+    assert "access-control-allow-origin" in httpx.post(server.url, headers=ask).headers, "refusals, too"
+    other = httpx.post(server.url, content="a", headers={"origin": "https://evil.example"})
+    assert other.status_code == 403
+    assert "access-control-allow-origin" not in other.headers
+
+
+def posted(app: Any, url: str, root_path: str = "", **headers: str) -> int:
+    """The status of one POST to an app without a server, as if its connection had arrived at that host."""
+
+    async def post() -> int:
+        transport = httpx.ASGITransport(app, root_path=root_path)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            return (await client.post(url, content="a", headers=headers)).status_code
+
+    return asyncio.run(post())
+
+
+def test_an_app_answers_this_machine_only_unless_it_has_a_token_or_is_public() -> None:
+    assert posted(create_app(shout), "http://127.0.0.1:1/") == 200
+    assert posted(create_app(shout), "http://models.example:1/") == 403
+    assert posted(create_app(shout, public=True), "http://models.example:1/") == 200
+    assert posted(create_app(shout, token="t"), "http://models.example:1/") == 401
+    assert posted(create_app(shout, token="t"), "http://models.example:1/", authorization="Bearer t") == 200
+
+
+def test_under_a_prefix_the_rule_is_the_same() -> None:
+    url = "http://127.0.0.1:1/model/"
+    assert posted(create_app(shout), url, "/model") == 200
+    assert posted(create_app(shout), url, "/model", origin="http://evil.example") == 403

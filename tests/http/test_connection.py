@@ -1,0 +1,81 @@
+"""Clients that never finish their request's head, over raw sockets."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from serving_kit.http import connection
+
+pytestmark = pytest.mark.light
+
+HEAD = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 2\r\n"
+
+
+@pytest.fixture
+def client(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    monkeypatch.setattr(connection, "_HEAD_S", 0.3)
+    server = serve(lambda texts: texts)
+    with socket.create_connection(("127.0.0.1", server._inline.port), timeout=10) as raw:
+        yield raw
+
+
+def everything(raw: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    data = b""
+    while more := raw.recv(65536):
+        data += more
+    return data
+
+
+@pytest.mark.parametrize("sent", [b"", b"P", HEAD], ids=["nothing", "a letter", "no end"])
+def test_a_head_that_does_not_come_is_not_waited_for(client: socket.socket, sent: bytes) -> None:
+    client.sendall(sent)
+    assert everything(client).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_head_without_end_is_cut_off(client: socket.socket) -> None:
+    client.sendall(HEAD)
+    sent = 0
+    try:
+        while sent < 100_000_000 and client.sendall(b"X-1: %s\r\n" % (b"a" * 1000)) is None:
+            sent += 1007
+    except ConnectionError:
+        pass  # what was on its way when the server closed the connection
+    assert sent < 100_000_000
+
+
+def test_a_head_that_comes_in_pieces_is_fine_also_on_a_kept_connection(client: socket.socket) -> None:
+    for _ in range(2):
+        client.sendall(HEAD[:20])
+        client.sendall(HEAD[20:])
+        client.sendall(b"\r\nhi")
+        answer = b""
+        while not answer.endswith(b'"hi"'):
+            answer += client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_half_a_head_behind_a_request_under_way_does_not_cost_it_its_answer(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_HEAD_S", 0.1)
+    wait = threading.Event()
+
+    def slow(texts: list[str]) -> list[str]:
+        wait.wait(10)
+        return texts
+
+    server = serve(slow)
+    with socket.create_connection(("127.0.0.1", server._inline.port), timeout=10) as raw:
+        raw.sendall(HEAD + b"\r\nhi" + HEAD)
+        raw.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            raw.recv(1)  # the second request's time has been over for a while
+        wait.set()
+        raw.settimeout(10)
+        data = everything(raw)
+    assert data.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1 408 " in data

@@ -1,0 +1,62 @@
+"""Our own OpenAPI document against the running server: whatever it allows or forbids, no 500 and no hang."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, settings
+
+schemathesis = pytest.importorskip("schemathesis")
+
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+import serving_kit
+from serving_kit.http.openapi import describe
+
+PROMISES = [
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+schema = schemathesis.openapi.from_dict(describe("function", "echo", "1"))
+
+
+def echo(texts: list[Any]) -> list[Any]:
+    return texts
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    with serving_kit.serve(echo, name="contract", port=0) as server:
+        assert httpx.get(f"{server.url}/openapi.json").json()["paths"] == schema.raw_schema["paths"]
+        yield server
+
+
+def check(case: Any, server: Any, **headers: str) -> None:
+    response = case.call(base_url=server.url, headers=headers, timeout=10)
+    assert response.status_code != 500, response.text
+    case.validate_response(response, checks=PROMISES, headers=headers)
+
+
+@schema.parametrize()
+@MANY
+def test_the_server_keeps_to_its_own_document(case: Any, server: Any) -> None:
+    check(case, server)
+
+
+@schema.include(path="/settings").parametrize()
+@MANY
+def test_and_for_who_may_change_settings(case: Any, server: Any) -> None:
+    before = server.settings
+    try:
+        check(case, server, authorization=f"Bearer {server.token}")
+    finally:
+        server.tune(**before.to_dict())

@@ -1,0 +1,134 @@
+"""Linear layers by oneDNN: the same answers from the same weights, or nothing changes."""
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from serving_kit.models import fast_linear
+from serving_kit.models.fast_linear import use_fast_linear
+from serving_kit.models.pipeline import PipelineModel
+from serving_kit.models.shared_weights import twin
+from tests.models.test_pipeline import answers, assert_same, plain
+from tests.tiny import example, minilm_folder, tiny
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is faster depends on the machine; whether it is right must not."""
+    monkeypatch.setattr(fast_linear, "_WORTH_IT", 0.0)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Any:
+    from transformers import pipeline
+
+    return pipeline("feature-extraction", model=str(minilm_folder()), device="cpu")
+
+
+def layers(model: Any, kind: type) -> int:
+    return sum(type(module) is kind for module in model.modules())
+
+
+@pytest.mark.usefixtures("always")
+def test_the_answers_are_the_pipelines_own_and_its_modules_too(minilm: Any) -> None:
+    model = PipelineModel(minilm)
+    assert layers(model.pipe.model, fast_linear._fast_linear()) == 37
+    assert layers(minilm.model, torch.nn.Linear) == 37
+    texts = [example("feature-extraction", words) for words in (3, 60, 17)]
+    assert_same(answers(model, texts, {}), [plain(minilm(text)) for text in texts])
+    assert_same(answers(model, texts[:1], {}), [plain(minilm(texts[0]))])
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("rows", [1, 15, 16, 40])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 200_000)])
+def test_a_layer_gives_what_it_gave(rows: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(*shape, bias=rows != 40).eval()
+    model = torch.nn.Sequential(layer)
+    given = torch.randn(2, rows, shape[0])
+    with torch.inference_mode():
+        want = layer(given)
+        assert use_fast_linear(model) == 1
+        assert torch.allclose(model(given), want, atol=1e-5)
+        assert torch.allclose(model(given[:, ::2]), want[:, ::2], atol=1e-5)
+    assert model(given).requires_grad  # who asks for gradients gets them
+
+
+@pytest.mark.usefixtures("always")
+def test_only_single_precision_and_plain_layers_are_changed() -> None:
+    class Own(torch.nn.Linear):
+        pass
+
+    assert use_fast_linear(torch.nn.Sequential(torch.nn.Linear(64, 64).bfloat16(), Own(64, 64))) == 0
+    assert use_fast_linear(torch.nn.Linear(64, 3)) == 0  # so small that nothing can be gained
+    assert use_fast_linear(len) == 0
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong", "slow"])
+def test_an_operator_that_does_not_keep_its_promise_is_not_used(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(torch.nn.Linear):
+        def forward(self, input: Any) -> Any:
+            return super().forward(input) * 1.001
+
+    def missing() -> Any:
+        raise AttributeError("no such operator")
+
+    if fault == "missing":
+        monkeypatch.setattr(fast_linear, "_fast_linear", missing)
+    elif fault == "wrong":
+        monkeypatch.setattr(fast_linear, "_WORTH_IT", 0.0)
+        monkeypatch.setattr(fast_linear, "_fast_linear", lambda: Odd)
+    else:
+        monkeypatch.setattr(fast_linear, "_WORTH_IT", 1000.0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    assert use_fast_linear(model) == 0
+    assert type(model[0]) is torch.nn.Linear
+
+
+def test_a_cell_may_use_its_pipeline_while_the_model_thread_is_inside_the_twin() -> None:
+    pipe = tiny("fill-mask")
+    model = PipelineModel(pipe)
+    text = example("fill-mask", 9)
+    want, seen = plain(pipe(text)), []
+    hook = model.pipe.model.cls.register_forward_pre_hook(lambda *_: seen.append(plain(pipe(text))))
+    try:
+        assert_same(answers(model, [text], {}), [want])
+    finally:
+        hook.remove()
+    assert seen == [want]
+
+
+def test_a_twin_shares_the_weights_and_nothing_else() -> None:
+    model = tiny("text-classification").model
+    other = twin(model)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert mine is theirs
+    for mine, theirs in zip(other.modules(), model.modules(), strict=True):
+        assert mine is not theirs
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["quantised", "replaced forward", "cannot be copied", "hook", "compiled", "adapter"]
+)
+def test_a_model_that_cannot_be_taken_apart_has_no_twin(obstacle: str) -> None:
+    class Stubborn(torch.nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("not me")
+
+    model: Any = Stubborn(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
+    if obstacle == "quantised":
+        model.hf_quantizer = "some"
+    elif obstacle == "replaced forward":
+        model.forward = lambda x: x
+    elif obstacle == "hook":
+        model.register_forward_hook(lambda *_: None)
+    elif obstacle == "compiled":
+        model.compile(backend="eager")
+    elif obstacle == "adapter":
+        model.peft_config = {"default": None}
+    assert twin(model) is None

@@ -1,0 +1,137 @@
+"""What `serve()` says of a model that it cannot find, and that it says so soon. No network."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import serving_kit
+from serving_kit import StartError
+from tests.support import REPOSITORY
+from tests.tiny import minilm_folder
+
+pytest.importorskip("torch")
+
+ASK = """
+import sys, serving_kit
+try:
+    serving_kit.serve(sys.argv[1], port=0)
+except serving_kit.StartError as error:
+    print(error)
+"""
+
+
+class Hub:
+    """A port that hangs up on everybody, and counts them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def _answer(self) -> None:
+        while True:
+            connection, _ = self._sock.accept()
+            with connection:
+                if connection.recv(1) == b"!":
+                    return
+                self.calls += 1
+
+    def close(self) -> None:
+        with socket.create_connection(self._sock.getsockname()) as last:
+            last.sendall(b"!")
+        self._thread.join()
+        self._sock.close()
+
+
+def test_an_id_that_is_not_here_is_refused_after_one_look_at_a_hub_that_does_not_answer(
+    tmp_path: Path,
+) -> None:
+    hub = Hub()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "NO_PROXY": "127.0.0.1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, "no-such/model"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+            env=environment,
+        )
+    finally:
+        hub.close()
+    assert "it is not on this machine and the Hub cannot be reached" in done.stdout
+    assert hub.calls == 1
+    assert "Retrying" not in done.stderr
+
+
+def test_a_model_in_the_cache_is_served_without_the_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--some--encoder" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(minilm_folder(), target_is_directory=True)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    script = """
+import serving_kit
+with serving_kit.serve("some/encoder", task="feature-extraction", port=0) as server:
+    print(server.stats()["model"], len(server("hello")[0][0]))
+"""
+    hub = Hub()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "NO_PROXY": "127.0.0.1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=environment,
+        )
+    finally:
+        hub.close()
+    assert done.returncode == 0, done.stderr
+    assert "encoder 384" in done.stdout
+    assert hub.calls == 1
+
+
+def folder(path: Path, architecture: str) -> Path:
+    (path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "bert"}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("BertForMaskedLM", "fill-mask"),
+        ("RobertaForSequenceClassification", "text-classification"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("BertModel", "feature-extraction"),
+    ],
+)
+def test_a_folder_without_a_task_is_refused_with_the_task_to_pass(
+    tmp_path: Path, architecture: str, task: str
+) -> None:
+    with pytest.raises(StartError, match=f"its task cannot be found out here.*task='{task}'"):
+        serving_kit.serve(folder(tmp_path, architecture), port=0)
+
+
+def test_a_folder_of_an_unknown_architecture_is_refused_with_an_example(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="Pass it: such as task='fill-mask'"):
+        serving_kit.serve(folder(tmp_path, "Unheard"), port=0)
+
+
+def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="it holds no model"):
+        serving_kit.serve(tmp_path, port=0)

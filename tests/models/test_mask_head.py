@@ -1,0 +1,109 @@
+"""The shortcut of fill-mask gives the pipeline's own answers, for every family, or is not taken."""
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import transformers
+
+from serving_kit.models.pipeline import PipelineModel
+from tests.models.test_pipeline import answers, assert_same, plain
+from tests.tiny import tiny, tokenizer
+
+FAMILIES = ["Bert", "Roberta", "DistilBert", "Electra", "Albert", "ModernBert", "DebertaV2"]
+SMALL: dict[str, dict[str, Any]] = {
+    "DistilBert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
+    "ModernBert": {"pad_token_id": 0, "cls_token_id": 101, "sep_token_id": 102},
+    "Albert": {"embedding_size": 16},
+    "Electra": {"embedding_size": 16},
+    "Roberta": {"pad_token_id": 0, "max_position_embeddings": 200},
+}
+TEXTS = ["a [MASK]", "the [MASK] of the river runs past an old [MASK] in paris", "[MASK] is a stone house"]
+
+
+def masked(family: str) -> Any:
+    """A fill-mask pipeline of one family with random weights."""
+    torch.manual_seed(3)
+    common = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": len(tokenizer()),
+        "max_position_embeddings": 128,
+    }
+    own = SMALL.get(family, {})
+    if family == "DistilBert":
+        common = {key: common[key] for key in ("vocab_size", "max_position_embeddings")}
+    config = getattr(transformers, f"{family}Config")(**{**common, **own})
+    model = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    return transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer(), device="cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_the_pipelines_answers_from_the_masks_alone(family: str) -> None:
+    pipe = masked(family)
+    if family == "DistilBert":  # it takes no token types, and its own tokeniser makes none
+        pipe.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    try:
+        model = PipelineModel(pipe)
+        assert model._mask_head is not None
+        for parameters in ({}, {"top_k": 3}, {"targets": ["house", "river"]}):
+            want = [plain(pipe(text, **parameters)) for text in TEXTS]
+            assert_same(answers(model, TEXTS, parameters), want)
+            assert_same(answers(model, TEXTS[:1], parameters), want[:1])
+    finally:
+        if family == "DistilBert":
+            pipe.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+
+
+def test_the_head_sees_nothing_but_the_masks() -> None:
+    pipe = masked("Bert")
+    model = PipelineModel(pipe)
+    seen = []
+    hook = model.pipe.model.cls.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    try:
+        answers(model, TEXTS, {})
+    finally:
+        hook.remove()
+    assert [tuple(shape) for shape in seen] == [(1, 4, 32)]
+
+
+def test_a_model_that_is_built_otherwise_runs_in_full() -> None:
+    pipe = masked("Bert")
+    head = type(pipe.model.cls)
+
+    class Mixing(head):  # type: ignore[misc, valid-type]
+        """A head that mixes positions, as none should: the trial at load finds out."""
+
+        def forward(self, hidden: Any) -> Any:
+            return super().forward(hidden + hidden.flip(1))
+
+    pipe.model.cls.__class__ = Mixing
+    model = PipelineModel(pipe)
+    assert model._mask_head is None
+    assert model.pipe.model is pipe.model, "there is no twin where no shortcut applies"
+    assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
+
+
+def test_modules_that_are_not_ours_are_never_hooked() -> None:
+    pipe = masked("Bert")
+    pipe.model.cls.forward = pipe.model.cls.forward  # as accelerate does: there is no twin of such a model
+    model = PipelineModel(pipe)
+    assert model.pipe.model is pipe.model
+    assert model._mask_head is None
+    assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
+
+
+def test_a_hook_is_never_left_behind() -> None:
+    pipe = masked("Bert")
+    model = PipelineModel(pipe)
+    answers(model, TEXTS, {})
+    assert not model.pipe.model.base_model._forward_hooks
+
+
+def test_there_is_a_switch() -> None:
+    assert PipelineModel(tiny("fill-mask"))._mask_head is not None
+    assert PipelineModel(tiny("fill-mask"), shortcuts=False)._mask_head is None

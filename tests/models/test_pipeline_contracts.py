@@ -1,0 +1,266 @@
+"""No string from a client is opened as a file or fetched as a URL, by any pipeline that transformers has."""
+
+import copy
+import http.server
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("PIL.Image")
+
+import transformers
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import serving_kit
+from serving_kit.errors import StartError
+from serving_kit.models.tasks import TASKS
+from tests.models.test_media import file
+from tests.tiny import PARAMETERS, example, tiny, tokenizer
+
+Serve = Callable[..., Any]
+REGISTERED = sorted(PIPELINE_REGISTRY.supported_tasks)
+_opened: list[str] = []
+_watching = threading.Event()
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watching.is_set():
+        _opened.append(str(arguments[0]))
+
+
+sys.addaudithook(_watch)  # stays until the process ends
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The paths that this process has opened since."""
+    _opened.clear()
+    _watching.set()
+    yield _opened
+    _watching.clear()
+
+
+@pytest.fixture
+def fetched() -> Iterator[tuple[str, list[str]]]:
+    """An address on this machine with an image, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(file())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/canary.png", asked
+        server.shutdown()
+        thread.join()
+
+
+def text_to_audio(processor: Any = None) -> Any:
+    """A text-to-speech pipeline with random weights, for texts in letters."""
+    import json
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as vocabulary:
+        json.dump({letter: n for n, letter in enumerate("_ abcdefghijklmnopqrstuvwxyz")}, vocabulary)
+        vocabulary.flush()
+        letters = transformers.VitsTokenizer(
+            vocabulary.name, pad_token="_", unk_token="a", phonemize=False, is_uroman=False
+        )
+    config = transformers.VitsConfig(
+        vocab_size=len(letters),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=16,
+        flow_size=16,
+        spectrogram_bins=9,
+        prior_encoder_num_flows=1,
+        prior_encoder_num_wavenet_layers=1,
+        posterior_encoder_num_wavenet_layers=1,
+        upsample_initial_channel=16,
+        upsample_rates=[4, 4],
+        upsample_kernel_sizes=[8, 8],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]],
+        depth_separable_num_layers=1,
+        duration_predictor_num_flows=1,
+        wavenet_dilation_rate=1,
+    )
+    return transformers.pipeline(
+        "text-to-audio",
+        model=transformers.VitsModel(config).eval(),
+        tokenizer=letters,
+        processor=processor,
+        device="cpu",
+    )
+
+
+def made(task: str) -> Any:
+    return text_to_audio() if task == "text-to-audio" else tiny(task)
+
+
+def strings(canary: Path, address: str) -> list[Any]:
+    """What a pipeline would open or fetch, in every shape that one takes."""
+    plain = [str(canary), f"file://{canary}", address]
+    shapes: list[Any] = [*plain, [plain[0], plain[2]]]
+    for each in plain:
+        shapes += [{"image": each}, {"image": each, "question": "who?"}, {"text": each, "images": each}]
+        shapes += [{"url": each}, {"path": each}, {"raw": each, "sampling_rate": 16000}, {"video": each}]
+        shapes += [{"role": "user", "content": [{"type": "image", "url": each}]}]
+        shapes += [{"table": {"a": [each]}, "query": each}, {"text": each}, {"array": each}, {"audio": each}]
+    return shapes
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_served_pipeline_opens_and_fetches_nothing(
+    serve: Serve, task: str, tmp_path: Path, fetched: tuple[str, list[str]], opened: list[str]
+) -> None:
+    address, asked = fetched
+    canary = tmp_path / "canary.png"
+    canary.write_bytes(file())
+    server = serve(made(task), max_queue_size=1000)
+    for value in strings(canary, address):
+        for body in (value, {"inputs": value, "parameters": PARAMETERS.get(task, {})}):
+            answer = httpx.post(server.url, json=body, timeout=60)
+            assert answer.status_code in (200, 400, 422), (value, answer.text)
+    for name in ("image", "images", "timeout", "tokenizer", "generation_config", "voice_preset", "inputs"):
+        body = {"inputs": "x", "parameters": {**PARAMETERS.get(task, {}), name: str(canary)}}
+        assert httpx.post(server.url, json=body, timeout=60).status_code == 400
+    assert asked == []
+    assert [path for path in opened if "canary" in path] == [str(canary)], (
+        "the one that this test has written"
+    )
+
+
+@pytest.mark.parametrize("task", [task for task in REGISTERED if task not in TASKS])
+def test_every_other_pipeline_of_the_library_is_refused_with_the_remedy(task: str) -> None:
+    implementation = PIPELINE_REGISTRY.check_task(task)[1]["impl"]
+    kind = (
+        getattr(transformers, implementation.rpartition(".")[2])
+        if isinstance(implementation, str)
+        else implementation
+    )
+    pipe = kind.__new__(kind)  # most cannot be made without weights: what it is has to be enough
+    pipe.task, pipe.model = task, tiny("fill-mask").model
+    with pytest.raises(
+        StartError, match=f"{task} is not served: .* addresses that clients send.* a function"
+    ):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_a_task_that_is_not_served_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(StartError, match="depth-estimation is not served"):
+        serving_kit.serve("nobody/no-such-model", task="depth-estimation", port=0)
+
+
+def layoutlm() -> Any:
+    config = transformers.LayoutLMConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.LayoutLMForQuestionAnswering(config).eval()
+    return transformers.pipeline(
+        "document-question-answering", model=model, tokenizer=tokenizer(), device="cpu"
+    )
+
+
+def test_a_document_pipeline_without_an_image_processor_is_refused() -> None:
+    pipe = layoutlm()
+    assert pipe.image_processor is None
+    assert pipe.feature_extractor is None
+    with pytest.raises(StartError, match="document-question-answering is not served"):
+        serving_kit.serve(pipe, port=0)
+
+
+class Opening(transformers.Pipeline):
+    """A pipeline of somebody's own that opens what it is given."""
+
+    def _sanitize_parameters(self, **_: Any) -> Any:
+        return {}, {}, {}
+
+    def preprocess(self, inputs: Any, **_: Any) -> Any:
+        return {"text": Path(inputs).read_text()}
+
+    def _forward(self, model_inputs: Any, **_: Any) -> Any:
+        return model_inputs
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> Any:
+        return model_outputs
+
+
+@pytest.mark.parametrize("task", ["my-task", "text-classification"])
+def test_a_pipeline_class_that_is_not_the_librarys_is_refused_whatever_its_task(task: str) -> None:
+    pipe = Opening(model=tiny("text-classification").model, device="cpu", task=task)
+    with pytest.raises(StartError, match=r"is not served: .* that clients send.* a function"):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_a_known_task_name_on_another_pipeline_is_refused() -> None:
+    pipe = copy.copy(layoutlm())
+    pipe.task = "fill-mask"
+    with pytest.raises(StartError, match="DocumentQuestionAnsweringPipeline is no FillMaskPipeline"):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_a_class_derived_from_the_librarys_is_served(serve: Serve) -> None:
+    class Loud(transformers.TextClassificationPipeline):
+        def postprocess(self, *arguments: Any, **more: Any) -> Any:
+            answer = super().postprocess(*arguments, **more)
+            return {**answer, "label": answer["label"].upper()}
+
+    plain = tiny("text-classification")
+    pipe = Loud(model=plain.model, tokenizer=plain.tokenizer, task=plain.task, device="cpu")
+    assert serve(pipe)("it rains")[0]["label"] == plain("it rains")[0]["label"].upper()
+
+
+def test_a_processor_that_takes_images_first_is_refused_for_speech() -> None:
+    """`TextToAudioPipeline` calls `processor(text)`; the library's default processor takes images first."""
+    processor = transformers.CLIPProcessor.__new__(transformers.CLIPProcessor)
+    processor.tokenizer = tokenizer()
+    pipe = text_to_audio()
+    pipe.processor = processor
+    with pytest.raises(StartError, match="takes a string for an image or for sound"):
+        serving_kit.serve(pipe, port=0)
+    melody = transformers.MusicgenMelodyProcessor.__new__(transformers.MusicgenMelodyProcessor)
+    pipe.processor = melody
+    with pytest.raises(StartError, match="takes a string for an image or for sound"):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_the_servable_tasks_are_still_those_of_the_library() -> None:
+    """A new release may rename a pipeline, and its contract would no longer hold."""
+    for task, contract in TASKS.items():
+        assert task in REGISTERED
+        assert hasattr(transformers, contract.pipeline)
+
+
+@pytest.mark.parametrize(
+    ("alias", "task"), [("sentiment-analysis", "text-classification"), ("ner", "token-classification")]
+)
+def test_a_task_by_its_other_name_is_served_as_that_task(serve: Serve, alias: str, task: str) -> None:
+    """A pipeline keeps the name that it was made with."""
+    import copy
+
+    pipe = copy.copy(tiny(task))
+    pipe.task = alias
+    server = serve(pipe, max_batch_size=4)
+    text = example(task, 8)
+    assert server(text) == serve(tiny(task), name="other")(text)
+    assert httpx.get(f"{server.url}/info").json()["task"] == task
+    assert pipe.task == alias

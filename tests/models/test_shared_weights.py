@@ -1,0 +1,121 @@
+"""A server has its own tokenizer: what a cell does with the pipeline's changes no answer, on any side."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from serving_kit.errors import StartError
+from tests.models.test_pipeline import assert_same, plain
+from tests.tiny import example, tiny
+
+Serve = Callable[..., Any]
+TASK = "feature-extraction"
+REQUESTS = 400
+PATIENT: dict[str, Any] = {"timeout_ms": 60_000, "drop_hopeless": False}  # admission is not the subject
+
+
+def fresh(task: str = TASK) -> Any:
+    """A pipeline whose tokenizer no other test uses."""
+    pipe = copy.copy(tiny(task))
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    return pipe
+
+
+@contextmanager
+def a_busy_cell(pipe: Any, text: str) -> Iterator[list[int]]:
+    """Another thread that truncates texts with the pipeline's tokenizer; the lengths that it got."""
+    lengths: list[int] = []
+    begun, over = threading.Event(), threading.Event()
+
+    def truncate() -> None:
+        while not over.is_set():
+            lengths.append(len(pipe.tokenizer(text, truncation=True, max_length=8)["input_ids"]))
+            begun.set()
+
+    thread = threading.Thread(target=truncate)
+    thread.start()
+    try:
+        assert begun.wait(30)
+        yield lengths
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("shortcuts", [True, False])
+def test_a_cell_that_truncates_shortens_no_clients_text(serve: Serve, shortcuts: bool) -> None:
+    pipe, text = fresh(), example(TASK, 40)
+    want = plain(pipe(text))
+    server = serve(pipe, shortcuts=shortcuts, **PATIENT)
+    with a_busy_cell(pipe, text) as lengths:
+        answers = [server([text] * 20) for _ in range(REQUESTS // 20)]
+    assert {len(each[0]) for answer in answers for each in answer} == {len(want[0])}
+    assert_same(plain(answers[0][0]), want)
+    assert set(lengths) == {8}, "and no client lengthens the cell's"
+
+
+def test_two_servers_on_one_pipeline_do_not_disturb_each_other(serve: Serve) -> None:
+    pipe, text = fresh(), example(TASK, 40)
+    want = len(plain(pipe(text))[0])
+    truncated = {"tokenize_kwargs": {"truncation": True, "max_length": 8}}
+    first, second = serve(pipe, name="first", **PATIENT), serve(pipe, name="second", **PATIENT)
+    widths: list[set[int]] = [set(), set()]
+
+    def ask(which: int, server: Any, parameters: Any) -> None:
+        for _ in range(REQUESTS // 20):
+            widths[which] |= {len(each[0]) for each in server([text] * 20, **parameters)}
+
+    threads = [
+        threading.Thread(target=ask, args=(0, first, {})),
+        threading.Thread(target=ask, args=(1, second, truncated)),
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert widths == [{want}, {8}]
+
+
+def test_running_the_cell_again_with_the_same_pipeline_gives_the_new_server_its_own(serve: Serve) -> None:
+    pipe, text = fresh(), example(TASK, 40)
+    want = len(plain(pipe(text))[0])
+    serve(pipe)
+    server = serve(pipe, **PATIENT)
+    with a_busy_cell(pipe, text):
+        widths = {len(each[0]) for _ in range(REQUESTS // 20) for each in server([text] * 20)}
+    assert widths == {want}
+
+
+def test_a_stop_sequence_of_the_pipelines_construction_still_works(serve: Serve) -> None:
+    plain_pipe = tiny("text-generation")
+    pipe = type(plain_pipe)(
+        model=plain_pipe.model,
+        tokenizer=copy.deepcopy(plain_pipe.tokenizer),
+        task="text-generation",
+        device="cpu",
+        stop_sequence=["e"],
+    )
+    parameters = {"max_new_tokens": 20, "do_sample": False}
+    server = serve(pipe)
+    before = pipe.tokenizer
+    assert server("the river", **parameters) == pipe("the river", **parameters)
+    assert pipe.tokenizer is before
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_refused_with_the_remedy(serve: Serve) -> None:
+    pipe = fresh()
+    kind = type(pipe.tokenizer)
+
+    class Unique(kind):  # type: ignore[misc, valid-type]
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("there is only one")
+
+    pipe.tokenizer.__class__ = Unique
+    with pytest.raises(StartError, match=r"tokenizer cannot be copied .*Serve a function"):
+        serve(pipe)

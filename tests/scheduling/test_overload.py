@@ -1,0 +1,153 @@
+"""More work than the model can do: simulated with the real scheduler, so nothing here sleeps.
+
+A CPU's cost (3 ms a call, 0.15 ms a token), lengths as texts have them, 8 % noise, and an estimate of
+the lengths at the door that is 75 % too high and scatters by a fifth. The numbers in brackets refer to
+the list of invariants that the design asks for.
+"""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving_kit.scheduling.scheduler import Item, Scheduler
+from serving_kit.settings import Settings
+from tests.simulate import Outcome, known_cost, lognormal, simulate
+
+pytestmark = pytest.mark.light
+
+A, B = 0.003, 150e-6
+CAPACITY = 86.0  # a second, in batches of one
+
+
+def overloaded(times: float, **more: object) -> Outcome:
+    dice = random.Random(5)
+
+    def guess(tokens: int) -> int:
+        return max(1, round(tokens * 1.75 * math.exp(dice.gauss(0, 0.2))))
+
+    return simulate(
+        40,
+        A,
+        B,
+        rate=times * CAPACITY,
+        length=lognormal(dice),
+        timeout=0.5,
+        estimate=guess,
+        noise=0.08,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def peak() -> float:
+    """The most answers in time per second, at any load."""
+    return max(overloaded(times).rate for times in (1.2, 1.5, 2.0))
+
+
+@pytest.mark.parametrize("times", [2, 5, 10])
+def test_an_overload_costs_nobody_but_those_who_are_too_many(times: float, peak: float) -> None:
+    run = overloaded(times)
+    assert run.rate >= 0.95 * peak
+    assert run.share("late", of=("ok", "late")) <= 0.01
+    assert run.success_of_the_longest() >= 0.8
+    assert run.share("shed", of=("ok", "late", "shed")) <= 0.01, "who is let in gets an answer"
+    refusals = sorted(end.after for end in run.ends if end.how in ("refused", "shed"))
+    assert refusals[int(0.99 * len(refusals))] <= 0.020, "and who is not let in hears it at once"
+
+
+def test_below_the_knee_everybody_is_answered() -> None:
+    run = overloaded(0.9)
+    assert run.share("ok") >= 0.99
+    assert run.success_of_the_longest() >= 0.98
+
+
+def test_the_door_learns_how_long_texts_really_are() -> None:
+    scheduler = Scheduler(Settings(max_queue_size=10_000))
+    for _ in range(200):
+        item = Item(0.0, 10.0, 70)
+        scheduler.offer([item], 0.0)
+        scheduler.ready(item, 40, "g")
+    newest = Item(0.0, 10.0, 70)
+    scheduler.offer([newest], 0.0)
+    assert newest.tokens == 40
+    assert scheduler._queued_tokens == 201 * 40
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    forwards=st.floats(3.5, 100),
+    a=st.floats(1e-4, 0.02),
+    b=st.floats(1e-6, 3e-4),
+    most=st.integers(4, 32),
+)
+@settings(deadline=None, max_examples=100)
+def test_admitted_items_are_answered_if_nothing_comes_after(
+    lengths: list[int], forwards: float, a: float, b: float, most: int
+) -> None:
+    """[11] Bursts, a cost that is known exactly, texts of which none takes a third of the timeout.
+
+    The first ten bursts teach what such texts cost together, and how much time to keep in reserve.
+    """
+    timeout = forwards * (a + b * 300)
+    scheduler = Scheduler(Settings(max_batch_size=most, timeout_ms=timeout * 1000), known_cost(a, b))
+    now, admitted, dropped = 0.0, 0, 0
+    for burst in range(30):
+        scheduler._last_finished = now
+        for tokens in lengths:
+            item = Item(now, now + timeout, tokens)
+            if scheduler.offer([item], now) is None:
+                scheduler.ready(item, tokens, "g")
+                admitted += burst >= 10
+        while scheduler.queue_depth:
+            decision = scheduler.poll(now)
+            dropped += len(decision.dropped) * (burst >= 10)
+            if decision.batch is not None:
+                now += a + b * decision.batch.padded_tokens
+                trusted = scheduler.cost.trusted  # else the watchdog has just given it up
+                scheduler.finished(now, ok=True)
+                assert not trusted or all(each.deadline >= now for each in decision.batch.items)
+            elif decision.wake_at is not None:
+                now = decision.wake_at
+    assert dropped <= 0.05 * admitted + 1
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    most=st.integers(1, 8),
+    young=st.lists(st.integers(1, 300), max_size=60),
+)
+@settings(deadline=None)
+def test_nobody_starves(lengths: list[int], most: int, young: list[int]) -> None:
+    """[7] With p older items ahead an item is in one of the next p + 1 batches, whoever comes after."""
+    scheduler = Scheduler(Settings(max_batch_size=most, max_queue_size=1000), known_cost(A, B))
+    for tokens in lengths:
+        item = Item(0.0, 1e6, tokens)
+        scheduler.offer([item], 0.0)
+        scheduler.ready(item, tokens, "g")
+    last, now = item, 0.0
+    for batches in range(len(lengths)):
+        if last.started is not None:
+            break
+        decision = scheduler.poll(now)
+        assert decision.batch is not None, batches
+        now += 1.0
+        scheduler.finished(now, ok=True)
+        if young:
+            newcomer = Item(now, 1e6, young.pop())
+            scheduler.offer([newcomer], now)
+            scheduler.ready(newcomer, newcomer.tokens, "g")
+    assert last.started is not None
+
+
+def test_the_same_code_finds_small_batches_on_a_cpu_and_big_ones_on_a_gpu() -> None:
+    """Only the learned cost differs: on the GPU a call costs as much as thousands of tokens."""
+
+    def mean_size(a: float, b: float) -> float:
+        run = simulate(20, a, b, clients=64, length=lognormal(random.Random(5)), timeout=20)
+        return sum(run.sizes) / len(run.sizes)
+
+    assert mean_size(A, B) < 10
+    assert mean_size(6e-3, 2e-6) > 20
