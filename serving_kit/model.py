@@ -1,0 +1,175 @@
+"""What the core needs from a model: one protocol, and the values that pass between them.
+
+    Input ── prepare ──▶ Prepared ─┐
+    Input ── prepare ──▶ Prepared ─┴─ step ──▶ Done(output) | More(chunk) | Failed(error) ── finish ──▶ answer
+                             ▲                        │
+                             └───── next step ────────┘
+
+A model that answers at once returns `Done` for every part of its first step. A generative model returns
+`More` until a sequence has ended. The engine has no special case for either.
+
+Not here: models (`models/`), when a step runs (`engine.py`), the thread that runs it (`batching.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+P = TypeVar("P")  # what `prepare` makes of one input: the model's own type
+
+
+class Input(NamedTuple):
+    """One input as a client sent it: a value, and the call parameters."""
+
+    value: Any
+    parameters: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the next step of one item costs.
+
+    One item may be several sequences: the labels of a zero-shot input, the strides of a long text.
+    """
+
+    sequences: int = 1
+    longest: int = 1  # tokens of its longest sequence
+    context_tokens: int = 0  # in its cache, read by the step and not computed again
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model computes for the item alone: sequences x longest."""
+        return self.sequences * self.longest
+
+
+def padded_tokens(items: Iterable[int]) -> int:
+    """Tokens that a model computes which pads all items to the longest: items x longest; 0 for none.
+
+    Args:
+        items: Tokens of each item.
+    """
+    tokens = list(items)
+    return len(tokens) * max(tokens, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[P]):
+    """One input, ready for the model.
+
+    Attributes:
+        payload: The model's own. A step that raises leaves it unchanged.
+        work: What its first step costs.
+        key: Items share a step only if their keys are equal.
+    """
+
+    payload: P
+    work: Work = field(default_factory=Work)
+    key: Hashable = ()
+
+
+class Part(NamedTuple):
+    """One item in a step: its sequence, and the tokens that it may compute in this step."""
+
+    prepared: Prepared[Any]
+    tokens: int
+
+
+class Done(NamedTuple):
+    """The item has ended; `finish` makes the answer of `output`."""
+
+    output: Any
+
+
+class More(NamedTuple):
+    """The item goes on in the next step.
+
+    Attributes:
+        chunk: What a stream passes on now; None: nothing.
+        work: What its next step costs.
+    """
+
+    chunk: Any = None
+    work: Work = Work()
+
+
+class Failed(NamedTuple):
+    """The item has failed alone; the others of the step have not."""
+
+    error: BaseException
+
+
+StepResult = Done | More | Failed
+
+
+class FailureKind(StrEnum):
+    """What went wrong in the model or around it."""
+
+    ERROR = "error"  # the model raised
+    OUTPUTS = "wrong_outputs"  # not one output per input
+    MEMORY = "out_of_memory"
+    DEVICE = "device"  # the accelerator is in a state that only a new process clears
+    CRASH = "crash"  # the kit's own model thread died
+
+
+class Limit(NamedTuple):
+    """A bound, and why it is one."""
+
+    value: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model can do at most."""
+
+    max_batch_size: Limit | None = None  # items in one step; None: any number
+
+
+class Model(Protocol):
+    """A model as the worker runs it.
+
+    `prepare`, `step`, `finish`, `release` and `free_memory` are called on the model thread only, `estimate`
+    on the loop thread, `classify` on any. A `step` that raises leaves every sequence unchanged, so that it
+    can be run again in parts; so is `example`, to see whether the model still answers.
+    """
+
+    @property
+    def limits(self) -> Limits:
+        """What it can do at most, with the reasons."""
+
+    @property
+    def example(self) -> Input | None:
+        """An input that it has answered well; None: there is none that may be run again."""
+
+    def estimate(self, value: Any) -> Work:
+        """The rough cost of an input before `prepare`. Loop thread; cheap, without a tokenizer."""
+
+    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared[Any]:
+        """Check and convert one input.
+
+        Raises:
+            InputRejected: this model cannot take the input.
+        """
+
+    def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
+        """Run the model once on items of one key. Returns one result for each part, in order."""
+
+    def finish(self, prepared: Prepared[Any], output: Any) -> Any:
+        """Make the client's answer of the output of one item."""
+
+    def release(self, prepared: Prepared[Any]) -> None:
+        """Give back what an item holds (its cache). Called once it has ended in any way; idempotent."""
+
+    def classify(self, error: BaseException) -> FailureKind:
+        """Which kind of failure an exception of this model is. Any thread."""
+
+    def free_memory(self, error: BaseException, *, thorough: bool) -> None:
+        """Give back the memory that a failed step holds.
+
+        Args:
+            error: What it raised: the frames of its traceback hold tensors.
+            thorough: Whether to look for old cycles too, which takes 0.1 s in a large process.
+        """
