@@ -6,7 +6,7 @@ shows WARNING and above on stderr; in a kernel `process_settings.py` keeps the l
     serving_kit          ERROR    a request failed, with its traceback; the model thread died; the device
                                   is lost
                          WARNING  a request was shed, expired or met an unavailable server; the breaker
-                                  opened; the learned cost was given up; the panel failed
+                                  opened; the learned cost was released; the panel failed
                          INFO     a request that its client must change, or whose client left; the breaker
                                   closed; settings changed; a server was replaced
     serving_kit.access   INFO     one line per HTTP request, where `build_app(access_log=True)` asks for it
@@ -111,8 +111,8 @@ class ServerLog:
             "incident": record.incident,
             "request_id": record.request_id,
             "latency_ms": _milliseconds(record.latency),
-            "queue_ms": _milliseconds(record.queue_wait),
-            "model_ms": _milliseconds(record.forward),
+            "queue_ms": _milliseconds(record.queue_wait_s),
+            "model_ms": _milliseconds(record.model_time_s),
             "items": record.items,
         }
         if outcome in _SERVER_SIDE:  # for the client's mistakes the text may quote the client
@@ -130,6 +130,10 @@ class ServerLog:
         fields = {"incident": incident.id, "error": incident.cause}
         self._write(logging.ERROR, "the model thread died", fields, incident)
 
+    def observer_removed(self, incident: Incident) -> None:
+        """An observer of the records has raised, and gets no more of them."""
+        self._write(logging.ERROR, "an observer raised and was removed", {"error": incident.cause}, incident)
+
     def breaker(self, state: str, reason: str = "") -> None:
         """The circuit breaker has changed to `state`: closed, open or latched."""
         levels = {"closed": logging.INFO, "latched": logging.ERROR}
@@ -137,9 +141,9 @@ class ServerLog:
         fields = {"breaker": state, **({"reason": reason} if reason else {})}
         self._write(level, f"the breaker is {state}", fields)
 
-    def cost_given_up(self, reason: str) -> None:
+    def cost_released(self, reason: str) -> None:
         """The learned cost was wrong; budget and admission do without it until it is learned again."""
-        self._write(logging.WARNING, "the learned cost was given up", {"reason": reason})
+        self._write(logging.WARNING, "the learned cost was released", {"reason": reason})
 
     def settings(self, by: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Settings were changed by `by`; both mappings have the same names."""

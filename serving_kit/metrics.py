@@ -26,8 +26,9 @@ from prometheus_client.core import (
     Metric,
 )
 
-from serving_kit.failures.classify import Fault
-from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
+from serving_kit.errors import InputRejected
+from serving_kit.model import FailureKind
+from serving_kit.records import BatchReason, BatchRecord, FailureRecord, Outcome, Record, RequestRecord
 
 HISTORY_S = 300
 WINDOW_S = 30  # percentiles and rates are over this many seconds
@@ -114,7 +115,7 @@ class Metrics:
     def __init__(self) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self.reasons: Counter[BatchReason] = Counter()
-        self.faults: Counter[Fault] = Counter()
+        self.faults: Counter[FailureKind] = Counter()
         self.items = 0
         self.wasted = 0
         self._lock = threading.Lock()
@@ -133,6 +134,15 @@ class Metrics:
             slot.depth = max(slot.depth, queue_depth)
             slot.in_flight = max(slot.in_flight, in_flight)
 
+    def observe(self, record: Record) -> None:
+        """Count a record: an observer."""
+        if isinstance(record, RequestRecord):
+            self.add_request(record)
+        elif isinstance(record, BatchRecord):
+            self.add_batch(record)
+        elif isinstance(record, FailureRecord) and not isinstance(record.error, InputRejected):
+            self.add_fault(record.kind)
+
     def add_request(self, record: RequestRecord) -> None:
         """A request has ended."""
         with self._lock:
@@ -142,9 +152,9 @@ class Metrics:
             if record.outcome is Outcome.OK:
                 slot.latency[bucket(record.latency)] += 1
                 self._request.add(record.latency)
-            if record.queue_wait is not None:
-                slot.queue_wait[bucket(record.queue_wait)] += 1
-                self._queue_wait.add(record.queue_wait)
+            if record.queue_wait_s is not None:
+                slot.queue_wait[bucket(record.queue_wait_s)] += 1
+                self._queue_wait.add(record.queue_wait_s)
 
     def add_batch(self, record: BatchRecord) -> None:
         """A batch has ended."""
@@ -155,17 +165,17 @@ class Metrics:
             slot = self._slot(record.finished)
             slot.sizes[record.size] += 1
             slot.reasons[record.reason] += 1
-            slot.forward[bucket(record.forward)] += 1
+            slot.forward[bucket(record.model_time_s)] += 1
             slot.tokens += record.tokens
             slot.padded_tokens += record.padded_tokens
-            slot.busy += record.forward
+            slot.busy += record.model_time_s
             slot.last_depth = record.left_waiting
             slot.depth = max(slot.depth, record.left_waiting + record.size)
             slot.in_flight = max(slot.in_flight, record.left_waiting + record.size)
-            self._forward.add(record.forward)
+            self._forward.add(record.model_time_s)
             self._sizes.add(record.size)
 
-    def add_fault(self, fault: Fault) -> None:
+    def add_fault(self, fault: FailureKind) -> None:
         """Something went wrong on the model thread."""
         with self._lock:
             self.faults[fault] += 1
@@ -192,7 +202,7 @@ class Metrics:
             return {
                 "requests": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
                 "batches": {reason.value: self.reasons[reason] for reason in BatchReason},
-                "faults": {fault.value: self.faults[fault] for fault in Fault},
+                "faults": {fault.value: self.faults[fault] for fault in FailureKind},
                 "items": self.items,
                 "wasted_items": self.wasted,
                 "window": {
@@ -246,7 +256,7 @@ class Metrics:
             faults = CounterMetricFamily(
                 "serving_kit_faults", "What went wrong in the model or around it.", labels=["kind"]
             )
-            for fault in Fault:
+            for fault in FailureKind:
                 faults.add_metric([fault.value], self.faults[fault])
             families = [
                 requests,

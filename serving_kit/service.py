@@ -27,7 +27,8 @@ from typing import Any, Protocol
 
 from prometheus_client.core import Metric
 
-from serving_kit.batching import Batcher
+from serving_kit.batching import Batcher, ModelThread, WorkerFactory
+from serving_kit.engine import Engine
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -38,13 +39,26 @@ from serving_kit.errors import (
     Stopping,
     error_text,
 )
-from serving_kit.execution import Model, Result
+from serving_kit.events import End, Failed
 from serving_kit.failures import classify
 from serving_kit.failures.breaker import Gate
+from serving_kit.items import Item
 from serving_kit.log import ServerLog
 from serving_kit.metrics import HISTORY_S, Metrics, gauge
-from serving_kit.records import Incident, Outcome, RequestRecord, shorten
-from serving_kit.scheduling.scheduler import Item, Scheduler
+from serving_kit.model import FailureKind, Input, Model
+from serving_kit.observers import Observers
+from serving_kit.records import (
+    BreakerRecord,
+    CostReleasedRecord,
+    FailureRecord,
+    Incident,
+    Outcome,
+    Record,
+    RequestRecord,
+    shorten,
+)
+from serving_kit.scheduling.cost import CostModel
+from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
 
 _KEPT_INCIDENTS = 100
@@ -57,7 +71,7 @@ _LOOK_AT_MODEL_S = 1.0  # between two looks at what a notebook has done to the m
 _STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
-_TOO_LATE = Result()  # what the alarm puts in place of an answer
+_TOO_LATE = Failed(DeadlineExceeded("the request's time was up"))  # the alarm's
 
 
 class ServedModel(Model, Protocol):
@@ -100,8 +114,8 @@ class Ticket:
     request_id: str = ""
     shortened: bool = False  # by the client, who gives it less time than the server does
     items: int = 0
-    queue_wait: float | None = None
-    forward: float | None = None
+    queue_wait_s: float | None = None
+    model_time_s: float | None = None
     held: int = 0  # bytes of its body that have been read
 
     def hold(self, size: int) -> None:
@@ -120,6 +134,11 @@ class Ticket:
         if timeout_s is not None and self.arrived + timeout_s < self.deadline:
             self.deadline = self.arrived + timeout_s
             self.shortened = True
+
+    def note(self, end: End) -> None:
+        """A request has waited as long as the item that waited longest."""
+        if end.queue_wait_s is not None and end.queue_wait_s >= (self.queue_wait_s or 0.0):
+            self.queue_wait_s, self.model_time_s = end.queue_wait_s, end.model_time_s
 
     def limit_text(self) -> str:
         """The time that it may take, and whose limit that is."""
@@ -161,12 +180,13 @@ class Ticket:
             ended,
             outcome,
             self.items,
-            self.queue_wait,
-            self.forward,
+            self.queue_wait_s,
+            self.model_time_s,
             self.request_id,
             incident,
+            told,
         )
-        service.add_request(record, told)
+        service.observers.report(record)
         if failed is not None:
             raise failed from error
 
@@ -192,8 +212,10 @@ class Service:
         retry: Whether a batch that raised may run again in parts.
         live_timeout_s: See `live`; None: never.
         clock: Seconds, monotonic.
+        make_worker: Makes what runs the model; for the simulator.
 
     Attributes:
+        observers: Are told of every record.
         notes: What the owner should know about how this model is served.
 
     Raises:
@@ -211,6 +233,7 @@ class Service:
         retry: bool = True,
         live_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        make_worker: WorkerFactory = ModelThread,
     ) -> None:
         settings = settings or Settings()
         check_live_timeout(live_timeout_s)
@@ -232,18 +255,14 @@ class Service:
         self.held = 0  # bytes of the bodies of all requests under way
         self.metrics = Metrics()
         self.log = ServerLog(name, clock)
-        self.batcher = Batcher(
-            model,
-            Scheduler(settings),
-            on_batch=self.metrics.add_batch,
-            on_error=self._keep_fault,
-            on_breaker=lambda gate, reason: self.log.breaker(gate.value, reason),
-            on_cost_given_up=self.log.cost_given_up,
-            clock=clock,
-            retry=retry,
-        )
+        self.observers = Observers(self._observer_removed)
+        for observer in (self._keep_failure, self.metrics.observe, self._log):
+            self.observers.add(observer)
+        cost = CostModel()
         for timing in model.timings:
-            self.batcher.scheduler.cost.observe(*timing)
+            cost.observe(*timing)
+        engine = Engine(Scheduler(settings, cost), canary=model.example, retry=retry)
+        self.batcher = Batcher(model, engine, self.observers.report, clock=clock, make_worker=make_worker)
         self._changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self._incidents: dict[str, Incident] = {}  # by id, oldest first
         self._keeping = threading.Lock()  # around every use of the two above
@@ -288,7 +307,7 @@ class Service:
         """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
         self.stopped = True
         self.model = None
-        self.batcher.abandon()
+        self.batcher.release()
 
     def join(self, timeout: float) -> bool:
         """Wait for the model thread's end, after `stop` or `abandon`. Returns whether it has ended."""
@@ -327,9 +346,9 @@ class Service:
         """
         if self.model is not None:
             self.model.check(values, parameters)
-        limits = {"arrived": ticket.arrived, "deadline": ticket.deadline}
+        inputs = [Input(value, parameters) for value in values]
         try:
-            items = self.batcher.submit(values, parameters, **limits)
+            items = self.batcher.submit(inputs, arrived=ticket.arrived, deadline=ticket.deadline)
         except DeadlineExceeded:  # less time than any call of the model takes
             raise ticket.expired() from None
         ticket.items = len(items)
@@ -338,19 +357,17 @@ class Service:
         answers = []
         try:
             for index, item in enumerate(items):
-                result: Result = await item.payload.future
-                if result is _TOO_LATE:
-                    raise ticket.expired()
-                _note(ticket, result)
-                if isinstance(result.error, DeadlineExceeded):
-                    raise ticket.expired()
-                if result.error is not None:
-                    raise _located(result.error, index, len(items))
-                answers.append(result.value)
+                end: End = await item.payload.ended
+                ticket.note(end)
+                if isinstance(end, Failed):
+                    if isinstance(end.error, DeadlineExceeded):
+                        raise ticket.expired()
+                    raise _located(end.error, index, len(items))
+                answers.append(end.value)
         except BaseException:
-            unheard = [item for item in items if not _answered(item.payload.future)]
-            if unheard:
-                self.batcher.cancel(unheard)
+            unanswered = [item for item in items if not _has_ended(item.payload.ended)]
+            if unanswered:
+                self.batcher.cancel(unanswered)
             raise
         finally:
             alarm.cancel()
@@ -361,7 +378,7 @@ class Service:
     @property
     def settings(self) -> Settings:
         """The knobs in force."""
-        return self.batcher.scheduler.settings
+        return self.batcher.settings
 
     def tune(self, by: str = "code", /, **changes: Any) -> Settings:
         """Change some knobs, all or none; they count from the next decision.
@@ -409,13 +426,14 @@ class Service:
             return "stopped", "the server has stopped"
         if self.started_at is None:
             return "starting", "the model is not ready yet"
-        if self.leaving or self.batcher.scheduler.draining:
+        if self.leaving or self.batcher.draining:
             return "draining", "the server is stopping"
-        if trouble := self.batcher.trouble():
-            return "failed", trouble
+        core = self.batcher.status()
+        if core.unavailable_reason:
+            return "failed", core.unavailable_reason
         if (stuck_s := self._stuck_for()) is not None:
             return "stuck", f"one forward has been running for {stuck_s:.0f} s, far longer than expected"
-        return "ready", self.batcher.doubt()
+        return "ready", core.degraded_reason
 
     def live(self) -> tuple[bool, str]:
         """Whether the process can recover without a restart, and why not.
@@ -430,7 +448,7 @@ class Service:
 
     def _stuck_for(self) -> float | None:
         """Seconds that a forward has run that takes far too long; None: there is none."""
-        running = self.batcher.running
+        running = self.batcher.status().running
         if running is None:
             return None
         expected_s = max(_STUCK_TIMEOUTS * self.settings.timeout_s, _STUCK_EXPECTED * running.expected_s)
@@ -470,7 +488,7 @@ class Service:
             "settings": self.settings.to_dict(),
             "cost": {
                 "known": core.cost_known,
-                "doubt": core.cost_doubt,
+                "doubt": core.cost_released_reason,
                 "call_ms": core.call_s * 1e3,
                 "token_us": core.token_s * 1e6,
                 "max_batch_tokens": core.max_batch_tokens,
@@ -505,14 +523,22 @@ class Service:
         yield gauge("serving_kit_breaker_state", "1 for the state of the circuit breaker.", *states)
         yield gauge("serving_kit_model_info", "What is served; always 1.", (about, 1))
 
-    def add_request(self, record: RequestRecord, error: BaseException | None) -> None:
-        """Count and log a request that has ended, with what its client is told."""
-        self.metrics.add_request(record)
-        if error is not None:
-            incident = None
-            if record.incident is not None:
-                incident = self._attach(record.incident, record.request_id)
-            self.log.request(record, error, incident)
+    def _log(self, record: Record) -> None:
+        """Write what is worth a line to the log: an observer."""
+        if isinstance(record, RequestRecord):
+            if record.error is not None:
+                incident = None
+                if record.incident is not None:
+                    incident = self._attach(record.incident, record.request_id)
+                self.log.request(record, record.error, incident)
+        elif isinstance(record, BreakerRecord):
+            self.log.breaker(record.state, record.reason)
+        elif isinstance(record, CostReleasedRecord):
+            self.log.cost_released(record.reason)
+
+    def _observer_removed(self, error: Exception) -> None:
+        """An observer has raised."""
+        self.log.observer_removed(make_incident(error))
 
     def keep_incident(self, failed: ServingError, error: BaseException) -> Incident:
         """Remember what really happened, under an id that the client may be told."""
@@ -539,13 +565,12 @@ class Service:
             self._incidents[incident] = known
             return known
 
-    def _keep_fault(self, failed: ServingError, error: BaseException) -> None:
-        """Count and remember what went wrong on the model thread."""
-        if not isinstance(failed, InputRejected):
-            self.metrics.add_fault(classify.kind(error))
-        incident = self.keep_incident(failed, error)
-        if isinstance(error, classify.WorkerDied):
-            self.log.worker_died(incident)
+    def _keep_failure(self, record: Record) -> None:
+        """Remember what went wrong on the model thread: an observer, the first one."""
+        if isinstance(record, FailureRecord):
+            incident = self.keep_incident(record.error, record.cause)
+            if record.kind is FailureKind.CRASH:
+                self.log.worker_died(incident)
 
 
 def make_incident(error: BaseException, outcome: Outcome = Outcome.FAILED) -> Incident:
@@ -595,21 +620,14 @@ def _obstacle(model: ServedModel) -> str:
 
 
 def _time_is_up(items: Sequence[Item]) -> None:
-    """Wake the request that waits for these items."""
+    """End the request that waits for these items."""
     for item in items:
-        if not item.payload.future.done():
-            item.payload.future.set_result(_TOO_LATE)
+        item.payload.emit(_TOO_LATE)
 
 
-def _answered(future: asyncio.Future[Result]) -> bool:
-    """Whether the model thread is done with it. Giving up on a future cancels it, which is `done` too."""
-    return future.done() and not future.cancelled() and future.result() is not _TOO_LATE
-
-
-def _note(ticket: Ticket, result: Result) -> None:
-    """A request has waited as long as its last item has."""
-    if result.queue_wait is not None and result.queue_wait >= (ticket.queue_wait or 0.0):
-        ticket.queue_wait, ticket.forward = result.queue_wait, result.forward
+def _has_ended(ended: asyncio.Future[End]) -> bool:
+    """Whether the engine is done with it. Giving up on a future cancels it, which is `done` too."""
+    return ended.done() and not ended.cancelled() and ended.result() is not _TOO_LATE
 
 
 def _located(error: ServingError, index: int, items: int) -> ServingError:
