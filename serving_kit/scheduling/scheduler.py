@@ -232,8 +232,9 @@ class Scheduler:
             if not ok:
                 self._watchdog.item_gone(item)
         self._last_finished = now
-        self._expected = len(self._queue) + len(ended)
-        self._closed_loop.batch_ended(now, len(ended))
+        if ended:
+            self._expected = len(self._queue) + len(ended)
+            self._closed_loop.batch_ended(now, len(ended))
         begun = batch.items[0].started if started is None else started
         # The tokens of items that go on are those of their next step already.
         if not ok or begun is None or continuing or batch.reason is BatchReason.CONTINUED:
