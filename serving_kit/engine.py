@@ -170,6 +170,8 @@ class Engine:
         if self._to_release:
             released, self._to_release = self._to_release, []
             return Release(released)
+        while isinstance(self._request, Rerun) and not _is_any_wanted(self._request.items, now):
+            self._resume(Reply(now, skipped=True), now)
         if self._request is not None:
             return self._action(self._request, now)
         if self.breaker.refuses_admitted(now):
@@ -395,6 +397,10 @@ class Engine:
     def _unavailable(self, now: float) -> Unavailable:
         pause_s = self.breaker.pause_s(now)
         return Unavailable(self.breaker.reason, retry_after=pause_s if pause_s < math.inf else None)
+
+
+def _is_any_wanted(items: Sequence[Item], now: float) -> bool:
+    return any(item.is_wanted(now) for item in items)
 
 
 def _rejection(rejected: Rejected) -> ServingError:
