@@ -85,7 +85,7 @@ class Echo:
         if error is not None:
             raise error
         short = "short" in self.raises
-        return [self._advance(each) for each in payloads][: len(payloads) - short]
+        return [self.advance(each) for each in payloads][: len(payloads) - short]
 
     def finish(self, prepared: Prepared[Payload], output: Any) -> Any:
         self._raise_once("finish")
@@ -102,7 +102,7 @@ class Echo:
         traceback.clear_frames(error.__traceback__)
         gc.collect(1)
 
-    def _advance(self, payload: Payload) -> StepResult:
+    def advance(self, payload: Payload) -> StepResult:
         payload.step += 1
         if payload.step < self.lengths.get(payload.value, 1):
             return More(payload.step, Work())
@@ -281,7 +281,8 @@ class Bench:
         self.submitted: list[Item] = []
         self.scheduler = Scheduler(Settings(**knobs))
         self.engine = Engine(self.scheduler, canary=self.model.example)
-        self.batcher = Batcher(self.model, self.engine, self.report)
+        self.observer: Callable[[Record], None] = self.report
+        self.batcher = Batcher(self.model, self.engine, lambda record: self.observer(record))
 
     def report(self, record: Record) -> None:
         self.records.append(record)

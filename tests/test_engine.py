@@ -21,6 +21,7 @@ from serving_kit.errors import (
 from serving_kit.events import Chunk, Done
 from serving_kit.failures.breaker import Gate
 from serving_kit.failures.classify import Failure
+from serving_kit.model import Done as Ended
 from serving_kit.model import Failed as FailedAlone
 from serving_kit.model import FailureKind, Input, More
 from serving_kit.records import BatchReason, CostReleasedRecord
@@ -40,7 +41,7 @@ def generates(**lengths: int) -> Echo:
     return model
 
 
-# -- the order of actions ------------------------------------------------------------------------------
+# -- the order of actions ----------------------------------------------------------------------------
 
 
 def test_prepare_step_sleep() -> None:
@@ -109,7 +110,7 @@ def test_expected_duration_of_a_step() -> None:
     assert step.expected_s == pytest.approx(1.0, rel=0.3)
 
 
-# -- items that go on ------------------------------------------------------------------------------------
+# -- items that go on --------------------------------------------------------------------------------
 
 
 def test_chunks_then_done() -> None:
@@ -128,9 +129,9 @@ def test_later_steps_grant_their_own_tokens() -> None:
 
 
 def test_more_without_a_chunk() -> None:
-    bed = Bed(generates(a=2))
-    bed.model._advance = lambda payload: More() if not bed.model.steps[1:] else Echo._advance(bed.model, payload)  # type: ignore[method-assign] # fmt: skip
-    bed.model.lengths = {}
+    bed = Bed()
+    results = iter([More(), More(), Ended("A")])
+    bed.model.advance = lambda payload: next(results)  # type: ignore[method-assign]
     assert values_of(bed.ask("a")) == ["A"]
     assert bed.chunks("a") == []
 
@@ -201,7 +202,7 @@ def test_failed_item_among_others() -> None:
     bed.check_released()
 
 
-# -- deadlines -------------------------------------------------------------------------------------------
+# -- deadlines ---------------------------------------------------------------------------------------
 
 
 def test_expired_before_it_starts() -> None:
@@ -233,7 +234,7 @@ def test_first_chunk_moves_the_deadline() -> None:
 
 def test_no_chunk_no_longer_deadline() -> None:
     bed = Bed()
-    bed.model._advance = lambda payload: More()  # type: ignore[method-assign]
+    bed.model.advance = lambda payload: More()  # type: ignore[method-assign]
     bed.offer("a", timeout_s=1.5, stream_timeout_s=50.0)
     bed.settle()
     assert isinstance(bed.error("a"), DeadlineExceeded)
@@ -264,7 +265,7 @@ def test_hopeless_items_are_dropped() -> None:
     bed.check_released()
 
 
-# -- retries ----------------------------------------------------------------------------------------------
+# -- retries -----------------------------------------------------------------------------------------
 
 
 def test_retries_are_steps() -> None:
@@ -328,7 +329,7 @@ def test_expected_duration_of_a_retry() -> None:
     assert step.expected_s == pytest.approx(1.0, rel=0.3)
 
 
-# -- records -----------------------------------------------------------------------------------------------
+# -- records -----------------------------------------------------------------------------------------
 
 
 def test_one_record_for_one_exception() -> None:
@@ -342,7 +343,7 @@ def test_one_record_for_one_exception() -> None:
 def test_shared_exception_of_single_items() -> None:
     """Items that failed alone with the same exception share its record."""
     bed, shared = Bed(), ValueError()
-    bed.model._advance = lambda payload: _failed(shared)  # type: ignore[method-assign]
+    bed.model.advance = lambda payload: _failed(shared)  # type: ignore[method-assign]
     bed.ask("a", "b")
     assert [record.cause for record in bed.failures] == [shared]
     assert bed.error("a") is bed.error("b")
@@ -409,7 +410,7 @@ def test_released_cost_is_recorded() -> None:
     assert any(isinstance(record, CostReleasedRecord) for record in bed.records)
 
 
-# -- the breaker --------------------------------------------------------------------------------------------
+# -- the breaker -------------------------------------------------------------------------------------
 
 
 def broken() -> Bed:
@@ -483,7 +484,7 @@ def test_one_canary_for_a_whole_preparation() -> None:
     assert bed.engine.breaker.failures == 3
 
 
-# -- the end -------------------------------------------------------------------------------------------------
+# -- the end -----------------------------------------------------------------------------------------
 
 
 def test_exit_when_all_has_ended() -> None:
@@ -552,7 +553,7 @@ def test_five_crashes_open_the_breaker() -> None:
     assert bed.breaker_states == ["open"]
 
 
-# -- all of it -----------------------------------------------------------------------------------------------
+# -- all of it ---------------------------------------------------------------------------------------
 
 VALUES = st.sampled_from(["a", "bb", "stream", "poison", "bad", "large"])
 
