@@ -276,7 +276,7 @@ class Scheduler:
     def _go_on(self, now: float, hopeless: list[Item]) -> _Choice:
         """The next step of the items that go on, with those that join them."""
         most, queue = self.settings.max_batch_size, self._queue_state(now)
-        items = self._continuing[:most]
+        items = going_on = self._continuing[:most]
         anchor = self._next_anchor(now, hopeless) if len(items) < most else None
         if anchor is None or anchor.key != items[0].key:
             return _Choice(items, BatchReason.CONTINUED)
@@ -287,8 +287,9 @@ class Scheduler:
                 break
             if padded(joined) > self.memory_limit.limit(longest(joined), now):
                 break
-            cost_s = self._admission.reserve_s(padded(joined), self.settings)
-            if not self._admission.cannot_finish(item, now + cost_s, queue, self.settings):
+            end = now + self._admission.reserve_s(padded(joined), self.settings)
+            new = joined[len(going_on) :]  # one that joins must not make the step too long for another
+            if not any(self._admission.cannot_finish(each, end, queue, self.settings) for each in new):
                 items = joined
         return _Choice(items, BatchReason.CONTINUED)
 
