@@ -1,20 +1,26 @@
-"""Drives the real scheduler through simulated time: clients, a model of known cost, no threads."""
+"""The scheduler in simulated time, with clients and a model of known cost; and items for its tests.
+
+No threads, no engine: what the scheduler alone decides.
+"""
+
+from __future__ import annotations
 
 import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+from serving_kit.items import Item
 from serving_kit.scheduling.cost import CostModel
-from serving_kit.scheduling.scheduler import Batch, Item, Scheduler
+from serving_kit.scheduling.scheduler import Batch, Scheduler
 from serving_kit.settings import Settings
 
 
 @dataclass(frozen=True)
 class End:
-    """How one item ended: ok, late, refused (at the door) or shed (after having waited)."""
+    """How one item ended: ok, late, rejected (not admitted) or dropped (after having waited)."""
 
     tokens: int
     how: str
@@ -30,7 +36,7 @@ class Outcome:
     ends: list[End] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    doubts: set[str] = field(default_factory=set)  # why the learned cost was given up
+    released: set[str] = field(default_factory=set)  # why the learned cost was released
 
     def count(self, how: str, since: float = 0.0) -> int:
         """Items that arrived at or after `since` and ended so."""
@@ -48,7 +54,7 @@ class Outcome:
     def quantile(self, q: float) -> float:
         return sorted(self.latencies)[int(q * (len(self.latencies) - 1))]
 
-    def share(self, how: str, of: tuple[str, ...] = ("ok", "late", "refused", "shed")) -> float:
+    def share(self, how: str, of: tuple[str, ...] = ("ok", "late", "rejected", "dropped")) -> float:
         """Share of the items that ended so among those that ended in one of the ways `of`."""
         return sum(end.how == how for end in self.ends) / max(1, sum(end.how in of for end in self.ends))
 
@@ -56,6 +62,23 @@ class Outcome:
         """How often the longest items were answered in time, over how often all were."""
         longest = sorted(self.ends, key=lambda end: end.tokens)[-int(share * len(self.ends)) :]
         return sum(end.how == "ok" for end in longest) / len(longest) / self.share("ok")
+
+
+def item(arrived: float = 0.0, tokens: int = 10, *, timeout: float = 10.0, key: Hashable = "g") -> Item:
+    """A prepared item."""
+    return Item(arrived, arrived + timeout, tokens, key=key)
+
+
+def run_one(scheduler: Scheduler, now: float) -> float:
+    """Run a step of one item, so that the learned cost is not stale. Returns when it ended."""
+    assert scheduler.offer([item(now, 1)], now) is None
+    before, scheduler.settings = scheduler.settings, scheduler.settings.replace(max_wait_ms=0)
+    while (decision := scheduler.poll(now)).batch is None:
+        assert decision.wake_at is not None  # closed-loop clients are waited for
+        now = decision.wake_at
+    scheduler.finished(now, ok=True)
+    scheduler.settings = before
+    return now
 
 
 def lognormal(dice: random.Random) -> Callable[[], int]:
@@ -114,15 +137,14 @@ def simulate(
 
     Args:
         bursts: Times, and how many items arrive at once then.
-        cost: What the scheduler believes at first; None: with a timeout below 60 s the truth, else nothing.
+        cost: What was learned at first; None: with a timeout below 60 s the truth, else nothing.
     """
     dice, order = random.Random(seed), itertools.count()
     knobs = {"max_queue_size": 100_000, "timeout_ms": timeout * 1000, **knobs}
-    scheduler = Scheduler(Settings(**knobs))  # type: ignore[arg-type]
-    if cost is not None:
-        scheduler.cost = cost
-    elif timeout < 60:
-        scheduler.cost, scheduler._last_finished = known_cost(a, b), 0.0
+    fresh = cost is None and timeout < 60
+    scheduler = Scheduler(Settings(**knobs), known_cost(a, b) if fresh else cost)  # type: ignore[arg-type]
+    if fresh:  # what it has learned counts from the first item on
+        run_one(scheduler, 0.0)
     running: Batch | None = None
     outcome = Outcome(seconds)
     events: list[tuple[float, int, str]] = []
@@ -147,7 +169,7 @@ def simulate(
             tokens = length()
             item = Item(now, now + timeout, estimate(tokens), payload=tokens)
             if scheduler.offer([item], now) is not None:
-                outcome.ends.append(End(tokens, "refused", 0.0, now))
+                outcome.ends.append(End(tokens, "rejected", 0.0, now))
             if rate and what == "arrival":
                 later(now + dice.expovariate(rate), "arrival")
         elif what == "end":
@@ -158,15 +180,15 @@ def simulate(
                 if clients:
                     later(now + turnaround(), "arrival")
             if why := scheduler.finished(now, ok=True):
-                assert why in scheduler.doubt(now)
-                outcome.doubts.add(why)
+                assert why in scheduler.degraded_reason(now)
+                outcome.released.add(why)
             running = None
-        if running is None:  # the model thread prepares between two forwards
+        if running is None:  # the model thread prepares between two steps
             for item in scheduler.unprepared():
                 scheduler.ready(item, item.payload, "g")
         decision = scheduler.poll(now)
         for item, _ in decision.dropped:
-            outcome.ends.append(End(item.tokens, "shed", now - item.arrived, item.arrived))
+            outcome.ends.append(End(item.tokens, "dropped", now - item.arrived, item.arrived))
         if decision.batch is not None:
             outcome.sizes.append(len(decision.batch.items))
             outcome.reasons.append(decision.batch.reason)
