@@ -107,15 +107,17 @@ class Handover:
     def wait(self) -> Action:
         """The next action, as soon as there is one."""
         with self.lock:
-            while True:
-                self.wakeups += 1
-                now = self.clock()
-                action = self.engine.next(now)
-                output = self.engine.take()
-                if not isinstance(action, Sleep) or output.events or output.records:
-                    break
+            action, output, now = self._next()
+            while isinstance(action, Sleep) and not (output.events or output.records):
                 self.lock.wait(None if action.until is None else action.until - now)
-            self._note_running(action, now)
+                action, output, now = self._next()
+        self._deliver(output)
+        return action
+
+    def look(self) -> Action:
+        """The next action; `Sleep` if there is none now."""
+        with self.lock:
+            action, output, _ = self._next()
         self._deliver(output)
         return action
 
@@ -137,11 +139,15 @@ class Handover:
             output = self.engine.take()
         self._deliver(output)
 
-    def _note_running(self, action: Action, now: float) -> None:
+    def _next(self) -> tuple[Action, Output, float]:
+        self.wakeups += 1
+        now = self.clock()
+        action = self.engine.next(now)
         if isinstance(action, Step):
             self.running = Running(now, action.expected_s)
         elif isinstance(action, Canary):
             self.running = Running(now, 0.0)
+        return action, self.engine.take(), now
 
 
 class Worker(Protocol):

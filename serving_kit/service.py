@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from serving_kit.errors import (
     Stopping,
     error_text,
 )
-from serving_kit.events import End, Failed
+from serving_kit.events import Chunk, Done, End, Failed
 from serving_kit.failures import classify
 from serving_kit.failures.breaker import Gate
 from serving_kit.items import Item
@@ -372,6 +372,51 @@ class Service:
         finally:
             alarm.cancel()
         return answers
+
+    async def stream(
+        self, value: Any, parameters: Mapping[str, Any], ticket: Ticket, stream_timeout_s: float
+    ) -> AsyncIterator[Chunk | Done]:
+        """The answer to one input in pieces: `Chunk`s as they come, then `Done`.
+
+        Closing the iterator gives up the item. Raises as `predict` does, also after some chunks.
+
+        Args:
+            value: One input.
+            parameters: Of the call.
+            ticket: Of the request; its deadline is that of the first chunk.
+            stream_timeout_s: Seconds from arrival to the last chunk.
+        """
+        if self.model is not None:
+            self.model.check([value], parameters)
+        ends = max(ticket.arrived + stream_timeout_s, ticket.deadline)
+        try:
+            (item,) = self.batcher.submit(
+                [Input(value, parameters)],
+                arrived=ticket.arrived,
+                deadline=ticket.deadline,
+                stream_deadline=ends,
+            )
+        except DeadlineExceeded:
+            raise ticket.expired() from None
+        ticket.items = 1
+        loop = asyncio.get_running_loop()
+        alarm = loop.call_later(ticket.deadline - self.clock(), _time_is_up, [item])
+        try:
+            async for event in item.payload.events():
+                if isinstance(event, Failed):
+                    ticket.note(event)
+                    raise ticket.expired() if isinstance(event.error, DeadlineExceeded) else event.error
+                if isinstance(event, Done):
+                    ticket.note(event)
+                elif ticket.deadline != ends:
+                    ticket.deadline = ends
+                    alarm.cancel()
+                    alarm = loop.call_later(ends - self.clock(), _time_is_up, [item])
+                yield event
+        finally:
+            alarm.cancel()
+            if not _has_ended(item.payload.ended):
+                self.batcher.cancel([item])
 
     # -- knobs -----------------------------------------------------------------------------------
 
