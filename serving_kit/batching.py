@@ -40,10 +40,11 @@ from serving_kit.errors import (
     Stopping,
     Unavailable,
 )
-from serving_kit.execution import Call, Job, Model, Result, dropped
+from serving_kit.execution import Call, Job, Result, dropped
 from serving_kit.failures.breaker import Breaker, Gate
 from serving_kit.failures.classify import WorkerDied
 from serving_kit.failures.recovery import Canary, Recovery
+from serving_kit.model import Model
 from serving_kit.records import BatchReason, BatchRecord
 from serving_kit.scheduling.scheduler import Batch, Decision, Item, Scheduler, State
 from serving_kit.settings import Settings
@@ -126,6 +127,7 @@ class Batcher:
             lock=self._wake,
             breaker=self.breaker,
             ceiling=self.scheduler.ceiling,
+            free_memory=self._free_memory,
             canary=None if example is None else Canary(*example),
             retry=self.retry,
         )
@@ -170,7 +172,7 @@ class Batcher:
             Item(
                 arrived,
                 deadline,
-                max(1, model.estimate(value)),
+                max(1, model.estimate(value).tokens),
                 Job(value, parameters, self._loop.create_future()),
             )
             for value in values
@@ -426,7 +428,7 @@ class Batcher:
                 prepared.append((item, given))
         with self._wake:
             for item, given in prepared:
-                self.scheduler.ready(item, max(1, given.tokens), given.group)
+                self.scheduler.ready(item, max(1, given.work.tokens), given.key)
 
     def _run(self, batch: Batch) -> None:
         """One batch from start to answers."""
@@ -488,6 +490,9 @@ class Batcher:
             raise Stopping("the server has stopped")
         thread_warnings.put_first()
         return self.model
+
+    def _free_memory(self, error: BaseException, thorough: bool) -> None:
+        self._model().free_memory(error, thorough=thorough)
 
     def _deliver(self, results: list[tuple[Item, Result]]) -> None:
         """Hand results to the loop thread."""

@@ -12,55 +12,15 @@ Not here: when to run (`batching.py`), what to do about an error (`recovery.py`)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from serving_kit.errors import DeadlineExceeded, Overloaded, ServingError
 from serving_kit.failures.classify import WrongNumberOfOutputs
+from serving_kit.model import Done, Failed, Model, Part, Prepared, StepResult, padded_tokens
 from serving_kit.records import BatchReason, BatchRecord
 from serving_kit.scheduling.scheduler import Drop, Item
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One input, ready for the model.
-
-    `group` names what may share a forward: items of different groups never do.
-    """
-
-    payload: Any
-    tokens: int = 1
-    group: Hashable = ()
-
-
-class Model(Protocol):
-    """What the worker needs: three steps, all of them called on the model thread only.
-
-    `prepare` raises `InputRejected` for an input that this model cannot take. `forward` gets
-    prepared inputs of one group and returns one output for each, in order. `finish` turns one
-    output into what the client gets. Anything else that they raise is a `ModelFailed`, or a
-    `RequestTooLarge` if it is for want of memory.
-
-    A batch on which `forward` has raised is run again in parts, and so is `example`, to see whether the
-    model still works.
-    """
-
-    @property
-    def example(self) -> tuple[Any, Mapping[str, Any]] | None:
-        """An input that it has answered well, and its parameters; None: none that may be used."""
-
-    def estimate(self, value: Any) -> int:
-        """Rough length in tokens, before `prepare`. Called on the loop thread; must be cheap."""
-
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
-        """Check and convert one input."""
-
-    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
-        """Run the model once."""
-
-    def finish(self, output: Any, prepared: Prepared) -> Any:
-        """Make one output presentable."""
 
 
 class Result(NamedTuple):
@@ -79,7 +39,7 @@ class Job:
     value: Any
     parameters: Mapping[str, Any]
     future: asyncio.Future[Result]
-    prepared: Prepared | None = None
+    prepared: Prepared[Any] | None = None
 
 
 class Call(NamedTuple):
@@ -107,7 +67,7 @@ class Call(NamedTuple):
             finished=self.ended,
             size=len(tokens),
             tokens=sum(tokens),
-            padded_tokens=len(tokens) * max(tokens),
+            padded_tokens=padded_tokens(tokens),
             reason=reason,
             oldest_wait=self.started - self.items[0].arrived,
             left_waiting=left_waiting,
@@ -130,17 +90,17 @@ def run(
         clock: For when it began and ended.
         told: Makes an error of `finish` into what its client is told.
     """
-    inputs: list[Prepared] = [item.payload.prepared for item in items]
+    inputs: list[Prepared[Any]] = [item.payload.prepared for item in items]
     started = clock()
     try:
-        outputs = model.forward(inputs)
-        if len(outputs) != len(inputs):
+        results = model.step([Part(each, each.work.tokens) for each in inputs])
+        if len(results) != len(inputs):
             raise WrongNumberOfOutputs(
-                f"inputs given to the model: {len(inputs)}; outputs that it returned: {len(outputs)}"
+                f"inputs given to the model: {len(inputs)}; outputs that it returned: {len(results)}"
             )
     except BaseException as error:
         return Call(items, started, clock(), error=error)
-    answers = [_finish(model, *pair, told) for pair in zip(outputs, inputs, strict=True)]
+    answers = [_finish(model, *pair, told) for pair in zip(results, inputs, strict=True)]
     return Call(items, started, clock(), answers)
 
 
@@ -148,8 +108,10 @@ def probe(model: Model, value: Any, parameters: Mapping[str, Any]) -> bool:
     """Whether the model answers one input, alone and from scratch."""
     try:
         prepared = model.prepare(value, parameters)
-        (output,) = model.forward([prepared])
-        model.finish(output, prepared)
+        (result,) = model.step([Part(prepared, prepared.work.tokens)])
+        if not isinstance(result, Done):
+            return False
+        model.finish(prepared, result.output)
     except BaseException:
         return False
     return True
@@ -164,11 +126,15 @@ def dropped(drop: Drop, retry_after: float | None = None) -> Result:
 
 
 def _finish(
-    model: Model, output: Any, prepared: Prepared, told: Callable[[BaseException], ServingError]
+    model: Model, result: StepResult, prepared: Prepared[Any], told: Callable[[BaseException], ServingError]
 ) -> Any:
     """One answer, or the `ServingError` that stands in for it. A bad one fails alone."""
+    if isinstance(result, Failed):
+        return told(result.error)
     try:
-        return model.finish(output, prepared)
+        if not isinstance(result, Done):
+            raise TypeError("this model needs several steps, which are not supported yet")
+        return model.finish(prepared, result.output)
     except BaseException as error:
         return told(error)
 

@@ -26,7 +26,7 @@ from prometheus_client.core import (
     Metric,
 )
 
-from serving_kit.failures.classify import Fault
+from serving_kit.model import FailureKind
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
 
 HISTORY_S = 300
@@ -114,7 +114,7 @@ class Metrics:
     def __init__(self) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self.reasons: Counter[BatchReason] = Counter()
-        self.faults: Counter[Fault] = Counter()
+        self.faults: Counter[FailureKind] = Counter()
         self.items = 0
         self.wasted = 0
         self._lock = threading.Lock()
@@ -165,7 +165,7 @@ class Metrics:
             self._forward.add(record.forward)
             self._sizes.add(record.size)
 
-    def add_fault(self, fault: Fault) -> None:
+    def add_fault(self, fault: FailureKind) -> None:
         """Something went wrong on the model thread."""
         with self._lock:
             self.faults[fault] += 1
@@ -192,7 +192,7 @@ class Metrics:
             return {
                 "requests": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
                 "batches": {reason.value: self.reasons[reason] for reason in BatchReason},
-                "faults": {fault.value: self.faults[fault] for fault in Fault},
+                "faults": {fault.value: self.faults[fault] for fault in FailureKind},
                 "items": self.items,
                 "wasted_items": self.wasted,
                 "window": {
@@ -246,7 +246,7 @@ class Metrics:
             faults = CounterMetricFamily(
                 "serving_kit_faults", "What went wrong in the model or around it.", labels=["kind"]
             )
-            for fault in Fault:
+            for fault in FailureKind:
                 faults.add_metric([fault.value], self.faults[fault])
             families = [
                 requests,

@@ -10,17 +10,8 @@ Not here: what follows from it (`recovery.py`).
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 
-
-class Fault(StrEnum):
-    """What went wrong in the model or around it."""
-
-    ERROR = "error"  # the model raised
-    OUTPUTS = "wrong_outputs"  # not one output per input
-    MEMORY = "out_of_memory"
-    DEVICE = "device"  # the accelerator is in a state that only a new process clears
-    CRASH = "crash"  # the kit's own model thread died
+from serving_kit.model import FailureKind
 
 
 class WrongNumberOfOutputs(RuntimeError):
@@ -48,20 +39,20 @@ _LOST = re.compile(
 )
 
 
-def kind(error: BaseException) -> Fault:
+def kind(error: BaseException) -> FailureKind:
     """What `error`, as a model raised it, says about the model's state."""
     for each in _chain(error):
         if isinstance(each, MemoryError) or _is_named(each, "OutOfMemoryError"):
-            return Fault.MEMORY
+            return FailureKind.MEMORY
         if isinstance(each, RuntimeError):
             text = _text(each)
             if _NO_MEMORY.search(text):
-                return Fault.MEMORY
+                return FailureKind.MEMORY
             if _LOST.search(text):
-                return Fault.DEVICE
+                return FailureKind.DEVICE
     if isinstance(error, WrongNumberOfOutputs):
-        return Fault.OUTPUTS
-    return Fault.CRASH if isinstance(error, WorkerDied) else Fault.ERROR
+        return FailureKind.OUTPUTS
+    return FailureKind.CRASH if isinstance(error, WorkerDied) else FailureKind.ERROR
 
 
 def _text(error: BaseException) -> str:

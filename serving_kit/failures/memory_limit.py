@@ -11,11 +11,7 @@ row; shorter ones may.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-import sys
-import traceback
 from dataclasses import dataclass
 
 _PERIOD_S, _LONGEST_PERIOD_S = 300.0, 12 * 3600.0
@@ -60,21 +56,3 @@ class Ceiling:
         if before is not None and now < before.at + 2 * before.period:
             period = min(2 * before.period, _LONGEST_PERIOD_S)
         self._broken[own] = _Broken(padded_tokens, now, period)
-
-
-def make_room(error: BaseException, *, thorough: bool = False) -> None:
-    """Give back what the failed forward holds: in the frames of its traceback, and in cycles.
-
-    `thorough` looks for old cycles too, such as the models that re-run cells leave behind; in a large
-    process that takes 0.1 s.
-    """
-    each: BaseException | None = error
-    while each is not None:
-        traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__
-    gc.collect() if thorough else gc.collect(1)
-    # Not imported for this: who has not loaded torch holds nothing there.
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    with contextlib.suppress(Exception):  # a device in trouble: the next forward will say so
-        if cuda is not None and cuda.is_initialized():
-            cuda.empty_cache()

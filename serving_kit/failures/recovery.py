@@ -35,8 +35,8 @@ from serving_kit.execution import Call, Job, Result, dropped
 from serving_kit.failures import classify
 from serving_kit.failures.bisection import Search
 from serving_kit.failures.breaker import Breaker, Gate
-from serving_kit.failures.classify import Fault
-from serving_kit.failures.memory_limit import Ceiling, make_room
+from serving_kit.failures.memory_limit import Ceiling
+from serving_kit.model import FailureKind
 from serving_kit.scheduling.scheduler import Drop, Item, State
 
 _LOST_DEVICE = "the device is in an error state that only a new process clears: restart the kernel"
@@ -84,7 +84,7 @@ class Case:
         self._halving = retry and bool(self._too_large) and len(call.items) > 1
         self._in_vain = not self.waiting(call.ended)
         self._over = not retry
-        miscounted = classify.kind(call.error) is Fault.OUTPUTS
+        miscounted = classify.kind(call.error) is FailureKind.OUTPUTS
         self._search = Search(len(call.items), vouched=self._halving or thorough, alone=miscounted)
 
     @property
@@ -119,8 +119,8 @@ class Case:
         self.error = error
         self._note_lack_of_memory(items)
         fault = classify.kind(error)
-        self._search.failed(self._part, alone=fault is Fault.OUTPUTS)
-        self._over = self._over or fault is Fault.DEVICE  # whatever runs next would fail as well
+        self._search.failed(self._part, alone=fault is FailureKind.OUTPUTS)
+        self._over = self._over or fault is FailureKind.DEVICE  # whatever runs next would fail as well
         return len(items) == 1
 
     def blame(self, items: Sequence[Item]) -> None:
@@ -154,7 +154,7 @@ class Case:
         return [item for item in items if item not in self._settled and _is_wanted(item, now)]
 
     def _note_lack_of_memory(self, items: Sequence[Item]) -> None:
-        if classify.kind(self.error) is Fault.MEMORY:
+        if classify.kind(self.error) is FailureKind.MEMORY:
             self._too_large.append(items)
 
 
@@ -174,6 +174,7 @@ class Recovery:
     lock: AbstractContextManager[Any]  # around every change of the next two
     breaker: Breaker
     ceiling: Ceiling
+    free_memory: Callable[[BaseException, bool], None] = lambda error, thorough: None
     canary: Canary | None = None
     retry: bool = True  # whether a batch that raised may run again in parts
     on_breaker: Callable[[Gate, str], None] = lambda gate, reason: None  # its new state, and why
@@ -236,13 +237,13 @@ class Recovery:
 
     def _make_room(self, error: BaseException) -> None:
         """Give back what a forward holds that lacked memory."""
-        if classify.kind(error) is not Fault.MEMORY:
+        if classify.kind(error) is not FailureKind.MEMORY:
             return
         now = self.clock()
         thorough = now - self._tidied_at > _TIDY_S
         if thorough:
             self._tidied_at = now
-        make_room(error, thorough=thorough)
+        self.free_memory(error, thorough)
 
     # -- is it the model? --------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class Recovery:
         """
         if isinstance(error, ServingError) and not isinstance(error, ModelFailed):
             return True  # a verdict on the input, not a failure
-        if classify.kind(error) is Fault.DEVICE:
+        if classify.kind(error) is FailureKind.DEVICE:
             return False
         return None if self.canary is None else self.probe(*self.canary)
 
@@ -295,16 +296,16 @@ class Recovery:
             return error  # a plain verdict on the input: nothing went wrong here
         fault, detail = classify.kind(error), error_text(error)
         failed: ServingError
-        if fault is Fault.DEVICE:
+        if fault is FailureKind.DEVICE:
             with self.lock:
                 latched = self.breaker.latch(_LOST_DEVICE)
             if latched:
                 self.on_breaker(Gate.LATCHED, _LOST_DEVICE)
         if isinstance(error, ServingError):
             failed = error
-        elif fault is Fault.MEMORY and fits:
+        elif fault is FailureKind.MEMORY and fits:
             failed = RequestTooLarge("this input needs more memory than the server has", detail=detail)
-        elif fault is Fault.MEMORY:
+        elif fault is FailureKind.MEMORY:
             failed = Unavailable("the server has run out of memory")
             failed.detail = detail
         else:
