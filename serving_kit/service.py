@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client.core import Metric
 
@@ -45,7 +45,7 @@ from serving_kit.failures.breaker import Gate
 from serving_kit.items import Item
 from serving_kit.log import ServerLog
 from serving_kit.metrics import HISTORY_S, Metrics, gauge
-from serving_kit.model import FailureKind, Input, Model
+from serving_kit.model import FailureKind, Input, ServedModel
 from serving_kit.observers import Observers
 from serving_kit.records import (
     BreakerRecord,
@@ -72,36 +72,6 @@ _STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
 _TOO_LATE = Failed(DeadlineExceeded("the request's time was up"))  # the alarm's
-
-
-class ServedModel(Model, Protocol):
-    """A model with what people want to know about it."""
-
-    name: str
-    max_batch_size: int | None  # None: any
-    notes: Sequence[str]  # what its owner should know
-
-    @property
-    def task_name(self) -> str:
-        """What it does."""
-
-    @property
-    def device(self) -> str:
-        """Where it runs."""
-
-    @property
-    def media(self) -> bool:
-        """Whether its inputs are images or sound."""
-
-    @property
-    def timings(self) -> Sequence[tuple[int, float]]:
-        """Batches that it has run already: padded tokens, seconds."""
-
-    def changed(self) -> str:
-        """What was done to it that answers do not show, and the remedy; empty: nothing. Any thread; cheap."""
-
-    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
-        """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
 
 
 @dataclass(slots=True)
@@ -238,10 +208,10 @@ class Service:
         settings = settings or Settings()
         check_live_timeout(live_timeout_s)
         self.notes = list(model.notes)
-        most = model.max_batch_size
-        if most is not None and settings.max_batch_size > most and "max_batch_size" not in given:
-            settings = settings.replace(max_batch_size=most)
-            self.notes.append(f"max_batch_size is {most}: {_obstacle(model)}")
+        most = model.limits.max_batch_size
+        if most is not None and settings.max_batch_size > most.value and "max_batch_size" not in given:
+            settings = settings.replace(max_batch_size=most.value)
+            self.notes.append(f"max_batch_size is {most.value}: {most.reason}")
         _refuse_what_it_cannot(model, settings)
         self.name = name
         self.model_name, self.task, self.device = model.name, model.task_name, model.device
@@ -652,16 +622,12 @@ def _cause(error: BaseException) -> str:
 
 
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
-    most = model.max_batch_size
-    if most is not None and settings.max_batch_size > most:
+    most = model.limits.max_batch_size
+    if most is not None and settings.max_batch_size > most.value:
         raise SettingError(
-            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: "
-            f"{_obstacle(model)}"
+            f"max_batch_size must be {most.value} for {model.name}, got {settings.max_batch_size}: "
+            f"{most.reason}"
         )
-
-
-def _obstacle(model: ServedModel) -> str:
-    return getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
 
 
 def _time_is_up(items: Sequence[Item]) -> None:

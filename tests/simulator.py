@@ -26,7 +26,7 @@ from serving_kit.actions import Action, Exit, Sleep, Step
 from serving_kit.batching import Handover
 from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk
-from serving_kit.failures.classify import classify
+from serving_kit.failures import classify
 from serving_kit.items import Item, ItemState
 from serving_kit.model import (
     Done,
@@ -268,7 +268,7 @@ class SimulatedModel:
         self.held.discard(id(prepared))
 
     def classify(self, error: BaseException) -> FailureKind:
-        return classify(error)
+        return classify.kind(error)
 
     def free_memory(self, error: BaseException, *, thorough: bool) -> None:
         """Nothing is held."""

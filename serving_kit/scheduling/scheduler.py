@@ -231,8 +231,9 @@ class Scheduler:
             if not ok:
                 self._watchdog.item_gone(item)
         self._last_finished = now
-        self._expected = len(self._queue) + len(ended)
-        self._closed_loop.batch_ended(now, len(ended))
+        if ended:
+            self._expected = len(self._queue) + len(ended)
+            self._closed_loop.batch_ended(now, len(ended))
         begun = batch.items[0].started if started is None else started
         if not ok or begun is None or go_on or batch.reason is BatchReason.CONTINUED:
             return ""
