@@ -21,8 +21,11 @@ from serving_kit.errors import (
     ServingError,
     Unavailable,
 )
-from serving_kit.execution import Prepared, Result
+from serving_kit.execution import Result
+from serving_kit.failures import classify
 from serving_kit.failures.breaker import Gate
+from serving_kit.model import Done, FailureKind, Input, Limits, Part, Prepared, Work
+from serving_kit.models.memory import free_memory
 from serving_kit.records import BatchReason, BatchRecord
 from serving_kit.scheduling.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
@@ -35,7 +38,8 @@ class Echo:
     """Answers `value.upper()`; waits at the gate before every forward; misbehaves on request."""
 
     def __init__(self, example: tuple[str, Mapping[str, Any]] | None = None) -> None:
-        self.example = example
+        self.example = None if example is None else Input(*example)
+        self.limits = Limits()
         self.gate = threading.Event()
         self.gate.set()
         self.inside = threading.Event()
@@ -46,25 +50,36 @@ class Echo:
         if step in self.raises:
             raise self.raises.pop(step)
 
-    def estimate(self, value: Any) -> int:
-        return len(value)
+    def estimate(self, value: Any) -> Work:
+        return Work(longest=len(value))
 
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
+    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared[Any]:
         self._maybe("prepare")
         if value == "bad":
             raise InputRejected("bad is bad")
-        return Prepared(value, len(value), tuple(sorted(parameters.items())))
+        return Prepared(value, Work(longest=len(value)), tuple(sorted(parameters.items())))
 
-    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
+    def step(self, parts: Sequence[Part]) -> Sequence[Done]:
+        return [Done(output) for output in self.forward([part.prepared for part in parts])]
+
+    def forward(self, batch: Sequence[Prepared[Any]]) -> Sequence[Any]:
         self.inside.set()
         assert self.gate.wait(PATIENCE)
         self.batches.append([each.payload for each in batch])
         self._maybe("forward")
         return [each.payload.upper() for each in batch][: len(batch) - ("short" in self.raises)]
 
-    def finish(self, output: Any, prepared: Prepared) -> Any:
+    def finish(self, prepared: Prepared[Any], output: Any) -> Any:
         self._maybe("finish")
         return output
+
+    def release(self, prepared: Prepared[Any]) -> None: ...
+
+    def classify(self, error: BaseException) -> FailureKind:
+        return classify.kind(error)
+
+    def free_memory(self, error: BaseException, *, thorough: bool) -> None:
+        free_memory(error, thorough=thorough)
 
 
 class Bench:
@@ -350,7 +365,7 @@ def test_an_item_that_was_given_up_is_not_even_prepared() -> None:
     async def test(bench: Bench) -> None:
         original = bench.model.prepare
 
-        def prepare(value: Any, parameters: Mapping[str, Any]) -> Prepared:
+        def prepare(value: Any, parameters: Mapping[str, Any]) -> Prepared[Any]:
             prepared.append(value)
             if value == "first":
                 bench.batcher.cancel([items[1]])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _FEWEST_ROWS, _FEWEST_PRODUCTS = 16, 8_000_000
 _FEWEST_FEATURES = 64
 _ROWS, _TRIES = 32, 5  # of the trial
-_WORTH_IT = 1.15  # times as fast
+WORTH_IT = 1.15  # times as fast
 _ROUNDING = 1e-5  # of the largest output
 
 
@@ -53,7 +53,7 @@ def use_fast_linear(model: torch.nn.Module) -> int:
     shapes = [tuple(each.weight.shape) for each in layers]
     commonest = max(set(shapes), key=lambda shape: (shapes.count(shape), shape))
     try:
-        fast = _fast_linear()
+        fast = fast_linear_class()
         if not _faster(layers[shapes.index(commonest)], fast):
             return 0
     except Exception:  # a PyTorch without the operator, or with another one of that name
@@ -64,7 +64,7 @@ def use_fast_linear(model: torch.nn.Module) -> int:
 
 
 @functools.cache
-def _fast_linear() -> type[torch.nn.Linear]:
+def fast_linear_class() -> type[torch.nn.Linear]:
     """The class, in a function because torch is imported late."""
     import torch
 
@@ -95,7 +95,7 @@ def _faster(layer: torch.nn.Linear, fast: type[torch.nn.Linear]) -> bool:
         wanted, given = plain(), other()
         if (wanted - given).abs().max() > _ROUNDING * wanted.abs().max():
             return False
-        return _seconds(plain) > _WORTH_IT * _seconds(other)
+        return _seconds(plain) > WORTH_IT * _seconds(other)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -8,8 +8,8 @@ A fast tokenizer keeps truncation and padding as state that every call sets anew
 tokenizer get each other's, and wrong answers without an error. So the server always has its own.
 
 The shortcuts (`mask_head.py`, `fast_linear.py`) hook and replace modules. The notebook's must not change, so
-they are applied to other modules with shared weights. Weights that change in place reach both. A change to the
-structure does not reach the server's modules, so `structure` tells whether there was one.
+they are applied to other modules with shared weights. Weights that change in place reach both. A change to
+the structure does not reach the server's modules, so `structure` tells whether there was one.
 
 Not here: the shortcuts.
 """
