@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from serving_kit import execution, thread_warnings
 from serving_kit.errors import (
@@ -47,40 +47,12 @@ from serving_kit.failures.recovery import Canary, Recovery
 from serving_kit.records import BatchReason, BatchRecord
 from serving_kit.scheduling.scheduler import Batch, Decision, Item, Scheduler, State
 from serving_kit.settings import Settings
+from serving_kit.status import CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
 _UNHEARD_FORWARD_S = 1.0  # how long a stop waits for a forward whose clients have all left
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
-
-
-class Running(NamedTuple):
-    """A forward that runs. Immutable, so that any thread may read it without the lock."""
-
-    since: float
-    expected_s: float  # 95 of 100 such forwards take less; 0: not known
-
-
-class Load(NamedTuple):
-    """How much there is to do."""
-
-    queue_depth: int  # items that wait
-    in_flight: int  # items admitted and not yet answered
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What the core knows at one moment."""
-
-    load: Load
-    draining: bool
-    breaker: Gate
-    cost_known: bool
-    cost_doubt: str  # why the learned cost was given up; empty if it was not, lately
-    call_s: float  # learned: seconds per call
-    token_s: float  # learned: seconds per padded token
-    max_batch_tokens: int  # in force
-    memory_limit_tokens: int | None  # padded tokens that have turned out not to fit
 
 
 @dataclass(eq=False)
@@ -261,12 +233,12 @@ class Batcher:
         with self._wake:
             return Load(self.scheduler.queue_depth, self.scheduler.in_flight)
 
-    def status(self) -> Status:
+    def status(self) -> CoreStatus:
         """What the core knows now. Any thread."""
         now = self.clock()
         with self._wake:
             scheduler = self.scheduler
-            return Status(
+            return CoreStatus(
                 load=Load(scheduler.queue_depth, scheduler.in_flight),
                 draining=scheduler.draining,
                 breaker=self.breaker.gate(now),
@@ -276,6 +248,10 @@ class Batcher:
                 token_s=scheduler.cost.b,
                 max_batch_tokens=scheduler.token_budget(),
                 memory_limit_tokens=scheduler.ceiling.lowest(now),
+                running=self.running,
+                unavailable_reason=self.trouble(),
+                degraded_reason=self.doubt(),
+                settings=scheduler.settings,
             )
 
     @property

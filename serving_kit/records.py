@@ -27,6 +27,9 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # Enum's own is Python code, and every request is counted four times
 
 
+SERVER_SIDE = frozenset({Outcome.SHED, Outcome.EXPIRED, Outcome.UNAVAILABLE})  # not for the client to change
+
+
 class BatchReason(StrEnum):
     """Why a batch was sent when it was sent."""
 
@@ -50,6 +53,8 @@ class RequestRecord(NamedTuple):
     forward: float | None  # duration of the batch that held that item; None: never started
     request_id: str = ""  # as the HTTP answer carried it; empty for calls from the kernel
     incident: str | None = None  # id of the `Incident` that ended it
+    error: str = ""  # class of the exception that ended it; empty: it was answered
+    reason: str = ""  # the text for its client, of the outcomes in `SERVER_SIDE` only
 
     @property
     def latency(self) -> float:
