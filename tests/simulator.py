@@ -337,7 +337,8 @@ class Play:
             clock=self.clock,
             make_worker=self._make_worker,
         )
-        service.observers.add(self._observe)
+        service.request_observers.add(self._observe)
+        service.step_observers.add(self._observe)
         await service.start()
         self.models.append(model)
         self.services.append(service)

@@ -60,6 +60,8 @@ from serving_kit.http.access import WHERE_THE_TOKEN_IS, Access, Headers
 from serving_kit.http.openapi import describe
 from serving_kit.metrics import HISTORY_S, gauge
 from serving_kit.service import Service
+from serving_kit.stats_json import stats_json
+from serving_kit.status import State
 
 # Looked up along the class's bases, so that a new kind of error has its parent's status.
 STATUS: dict[type[ServingError], tuple[int, str]] = {
@@ -350,9 +352,9 @@ async def script(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """GET /health: 200 when the model can answer, else 503 with the reason."""
     service: Service | None = getattr(request.app.state, "service", None)
-    state, reason = ("stopped", _NOT_STARTED) if service is None else service.state()
-    status = 200 if state == "ready" else 503
-    return _json({"status": state, **({"reason": reason} if reason else {})}, status)
+    state, reason = (State.STOPPED, _NOT_STARTED) if service is None else service.state()
+    status = 200 if state is State.READY else 503
+    return _json({"status": state.value, **({"reason": reason} if reason else {})}, status)
 
 
 async def live(request: Request) -> Response:
@@ -386,7 +388,7 @@ async def stats(request: Request) -> Response:
     service: Service = request.app.state.service
     asked = request.query_params.get("series", "")
     series = min(int(asked[:4]), HISTORY_S) if asked.isascii() and asked.isdigit() else 0
-    return _json(service.snapshot(series))
+    return _json(stats_json(service.status(), service.statistics(series)))
 
 
 async def metrics(request: Request) -> Response:

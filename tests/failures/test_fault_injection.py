@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serving_kit
-from serving_kit import batching, execution, service
+from serving_kit import batching, execution, incidents, observers, service, status_reader
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -53,7 +53,17 @@ from tests.test_batching import PATIENCE, Bench, busy, drive, result, until
 
 pytestmark = pytest.mark.light
 
-KIT = (batching, execution, recovery, scheduler, breaker, bisection, service)  # whose lines are made to raise
+KIT = (
+    batching,
+    execution,
+    recovery,
+    scheduler,
+    breaker,
+    bisection,
+    service,
+    incidents,
+    observers,
+)  # whose lines are made to raise
 
 
 class Picky:
@@ -597,7 +607,7 @@ def serve_with(assassin: Assassin) -> None:
         finally:
             sys.settrace(None)
         assert len(ended) == 6, "each ends once"
-        assert kit.metrics.outcomes.total() in ((6, 5) if assassin.killed else (6,)), (
+        assert kit.metrics.requests() in ((6, 5) if assassin.killed else (6,)), (
             "and is counted once, unless it is the counting that dies"
         )
         await client(kit, "last", patience=PATIENCE)
@@ -738,14 +748,14 @@ def test_a_stuck_forward_gives_504_on_time_and_health_says_so_and_stop_returns(
 ) -> None:
     server, model, client = moody
     model.go_on.clear()
-    monkeypatch.setattr(service, "_STUCK_AT_LEAST_S", 0.3)
+    monkeypatch.setattr(status_reader, "_STUCK_AT_LEAST_S", 0.3)
     server.tune(timeout_ms=100)
     began = time.monotonic()
     late = client.post("/", content="x")
     assert late.status_code == 504
     assert time.monotonic() - began < 2
     wait_until(lambda: health(client)[:2] == (503, "stuck"))
-    assert "one forward has been running for" in health(client)[2]
+    assert "one model call has been running for" in health(client)[2]
     model.go_on.set()
     wait_until(lambda: health(client)[0] == 200)
     model.go_on.clear()
