@@ -233,10 +233,10 @@ class SimulatedModel:
         padded = len(parts) * max(part.tokens for part in parts)
         took = self.a_s + self.b_s * padded
         states: list[State] = [part.prepared.payload for part in parts]
-        if len({part.prepared.key for part in parts}) != 1:
-            raise Broken("items of several keys share a step")
-        if not {id(part.prepared) for part in parts} <= self.held:
-            raise Broken("an item runs after it was released")
+        keys = {part.prepared.key for part in parts}
+        self.play.check(len(keys) == 1, "items of several keys share a step")
+        held = {id(part.prepared) for part in parts} <= self.held
+        self.play.check(held, "an item runs after it was released")
         if self.mood == "hangs":
             took += self._dice.choice([1.0, 20.0, 100.0])
         self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
@@ -293,6 +293,7 @@ class Play:
     models: list[SimulatedModel] = field(default_factory=list)
     workers: list[SimulatedWorker] = field(default_factory=list)
     batches: int = 0
+    broken: list[str] = field(default_factory=list)
     starts: dict[int, list[tuple[float, Sequence[Item]]]] = field(default_factory=dict)  # by handover
 
     def __post_init__(self) -> None:
@@ -311,6 +312,8 @@ class Play:
         finally:
             asyncio.set_event_loop(None)
             self.loop.close()
+        if self.broken:
+            raise Broken(self.broken[0])
         if errors:
             raise Broken(f"an exception was not handled: {errors[0]}") from errors[0].get("exception")
 
@@ -448,6 +451,7 @@ class Play:
     def check(self, holds: bool, what: str) -> None:
         """Raise unless an invariant holds."""
         if not holds:
+            self.broken.append(what)  # what the kit catches counts, too
             raise Broken(what)
 
     def check_step(self, step: Step, queue: int) -> None:
