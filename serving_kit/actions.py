@@ -16,7 +16,7 @@ from serving_kit.records import BatchReason
 
 
 class Prepare(NamedTuple):
-    """Prepare these items. Result: for each a `Prepared` or a `Failure`."""
+    """Prepare these items. Result: for each a `Prepared`, a `Failure`, or None if it had ended before."""
 
     items: Sequence[Item]
 

@@ -99,7 +99,8 @@ class Engine:
         self._request: Request | None = None  # what the recovery asks the worker for
         self._failed_step: Step | None = None  # that the recovery is for; None: it is for single items
         self._continuing: list[Item] = []  # items of the failed step that go on
-        self._errors: dict[tuple[BaseException, bool], ServingError] = {}  # what clients were told of which
+        # What clients were told of which exception, by identity: a model's own class may not be hashable.
+        self._errors: dict[tuple[int, bool], tuple[ServingError, BaseException]] = {}
         self._tidied_at = -math.inf  # when memory was last searched thoroughly
         self._events: list[tuple[Item, Event]] = []
         self._records: list[Record] = []
@@ -166,6 +167,8 @@ class Engine:
 
     def next(self, now: float) -> Action:
         """What to do at `now`. It is performed before the next call, unless it is `Sleep` or `Exit`."""
+        while isinstance(self._request, Rerun) and not _is_any_wanted(self._request.items, now):
+            self._resume(Reply(now, skipped=True), now)
         if self._request is not None:
             return self._action(self._request, now)
         if self.breaker.refuses_admitted(now):
@@ -203,11 +206,13 @@ class Engine:
             self._resume(Reply(now, healthy=result is True), now)
         elif isinstance(action, Free):
             self._resume(Reply(now), now)
+        if self._recovery is None:
+            self._errors.clear()
 
     # -- inside: steps ---------------------------------------------------------------------------
 
     def _prepared(
-        self, items: Sequence[Item], results: Sequence[Prepared[Any] | Failure], now: float
+        self, items: Sequence[Item], results: Sequence[Prepared[Any] | Failure | None], now: float
     ) -> None:
         failures = []
         for item, result in zip(items, results, strict=True):
@@ -215,7 +220,11 @@ class Engine:
                 if item.state is ItemState.WAITING:
                     self.scheduler.cancel(item)
                     self._settle([item], result, alone=True, now=now)
+                else:  # the owner is still told
+                    self._client_error(result, alone=True)
                 failures.append(Isolated(item, result))
+            elif result is None:  # its client had left before
+                continue
             elif item.state is ItemState.WAITING:
                 item.prepared = result
                 self.scheduler.ready(item, max(1, result.work.tokens), result.key)
@@ -259,7 +268,8 @@ class Engine:
                 item.tokens = max(1, result.work.tokens)
                 continuing.append(item)
                 if result.chunk is not None:
-                    item.deadline = item.stream_deadline or item.deadline
+                    if item.stream_deadline is not None:
+                        item.deadline = item.stream_deadline
                     self._events.append((item, Chunk(result.chunk)))
             else:
                 item.prepared = None
@@ -331,7 +341,6 @@ class Engine:
                 if item.state is ItemState.DONE:
                     self._release(item)
             self._failed_step, self._continuing = None, []
-        self._errors.clear()
 
     def _suspect(self, suspicion: Suspicion, now: float) -> None:
         """Count a failure against the model; if it is not known to be broken, an inconclusive one."""
@@ -363,15 +372,14 @@ class Engine:
         if failure.is_plain:
             assert isinstance(failure.error, ServingError)
             return failure.error
-        known = self._errors.get((failure.error, alone))
-        if known is None:
-            known = self._errors[failure.error, alone] = client_error(failure, alone=alone)
-            self._records.append(FailureRecord(known, failure.error, failure.kind))
+        key = id(failure.error), alone or failure.kind is not FailureKind.MEMORY
+        if key not in self._errors:
+            error = client_error(failure, alone=alone)
+            self._errors[key] = error, failure.error
+            self._records.append(FailureRecord(error, failure.error, failure.kind))
             if failure.kind is FailureKind.DEVICE and self.breaker.latch(_DEVICE_LOST):
                 self._breaker_moved(Gate.LATCHED)
-            if self._recovery is None:
-                self._errors.clear()
-        return known
+        return self._errors[key][0]
 
     def _release(self, item: Item) -> None:
         if item.prepared is not None:
@@ -389,6 +397,10 @@ class Engine:
     def _unavailable(self, now: float) -> Unavailable:
         pause_s = self.breaker.pause_s(now)
         return Unavailable(self.breaker.reason, retry_after=pause_s if pause_s < math.inf else None)
+
+
+def _is_any_wanted(items: Sequence[Item], now: float) -> bool:
+    return any(item.is_wanted(now) for item in items)
 
 
 def _rejection(rejected: Rejected) -> ServingError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from serving_kit.actions import Action, Answered, Canary, Executed, Free, ItemResult, Prepare, Release, Step
 from serving_kit.failures.classify import Failure, WrongNumberOfOutputs
-from serving_kit.items import Item
+from serving_kit.items import Item, ItemState
 from serving_kit.model import Done, Input, Model, More, Part, Prepared, StepResult
 
 
@@ -21,7 +21,7 @@ def perform(model: Model, action: Action, clock: Callable[[], float]) -> object:
     if isinstance(action, Step):
         return step(model, action.items, clock)
     if isinstance(action, Prepare):
-        return [prepare(model, item.input) for item in action.items]
+        return [_prepare_waiting(model, item) for item in action.items]
     if isinstance(action, Canary):
         return run_canary(model, action.example)
     if isinstance(action, Free):
@@ -65,16 +65,23 @@ def run_canary(model: Model, example: Input) -> bool:
     try:
         prepared = model.prepare(example.value, example.parameters)
         try:
+            work = prepared.work
             while True:
-                (result,) = model.step([Part(prepared, prepared.work.tokens)])
+                (result,) = model.step([Part(prepared, work.tokens)])
                 if isinstance(result, Done):
                     model.finish(prepared, result.output)
                 if not isinstance(result, More):
                     return isinstance(result, Done)
+                work = result.work
         finally:
             model.release(prepared)
     except BaseException:
         return False
+
+
+def _prepare_waiting(model: Model, item: Item) -> Prepared[Any] | Failure | None:
+    """Prepare an item unless its client has left since; its state is read without the lock."""
+    return prepare(model, item.input) if item.state is ItemState.WAITING else None
 
 
 def _finish(model: Model, prepared: Prepared[Any], result: StepResult) -> ItemResult:

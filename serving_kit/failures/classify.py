@@ -107,6 +107,6 @@ def _is_named(error: BaseException, name: str) -> bool:
 def _chain(error: BaseException) -> list[BaseException]:
     """The exception and what it was raised from; not what merely was being handled meanwhile."""
     chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+    while (cause := chain[-1].__cause__) is not None and all(cause is not each for each in chain):
         chain.append(cause)
     return chain

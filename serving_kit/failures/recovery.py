@@ -77,6 +77,7 @@ class Reply(NamedTuple):
     failure: Failure | None = None  # of a `Rerun` that raised as a whole
     isolated: Isolated | None = None  # of a `Rerun` that gave no answer, only failures of single items
     healthy: bool = False  # of a `RunCanary`
+    skipped: bool = False  # a `Rerun` that was not run, because its clients have left meanwhile
 
 
 class Suspicion(NamedTuple):
@@ -129,27 +130,33 @@ def recover(
     case = _Case(items, failure, now, retry=retry, thorough=thorough)
     suspicions: list[Suspicion] = []
     if failure.kind is FailureKind.MEMORY:
-        yield FreeMemory(failure)
+        now = (yield FreeMemory(failure)).now
     if case.needs_canary:
-        case.note_canary((yield from _is_healthy(failure, has_canary)))
+        healthy, now = yield from _is_healthy(failure, has_canary, now)
+        case.note_canary(healthy)
     while part := case.next(now):
         reply = yield Rerun(part)
         now = reply.now
+        if reply.skipped:
+            continue
         if reply.failure is None:
             case.passed(part)
             if reply.isolated is not None:
                 suspicions += (yield from attribute([reply.isolated], has_canary)).suspicions
             continue
         if reply.failure.kind is FailureKind.MEMORY:
-            yield FreeMemory(reply.failure)
+            now = (yield FreeMemory(reply.failure)).now
         case.failed(part, reply.failure)
         if len(part) == 1:
             if not case.answered and case.healthy is None:
-                case.note_canary((yield from _is_healthy(reply.failure, has_canary)))
+                healthy, now = yield from _is_healthy(reply.failure, has_canary, now)
+                case.note_canary(healthy)
             yield Settle(part, reply.failure, alone=case.healthy is not False)
             case.settle(part)
-    now = (yield Expire(case.expired(now))).now
-    if rest := case.wanted(now):
+    expired, rest = case.expired(now), case.wanted(now)  # at one time, so that none is in neither
+    if expired:
+        yield Expire(expired)
+    if rest:
         yield Settle(rest, case.failure, alone=case.healthy is not False and len(rest) == 1)
         case.settle(rest)
     if not case.answered and case.healthy is not True:
@@ -162,21 +169,24 @@ def attribute(isolated: Sequence[Isolated], has_canary: bool) -> Recovery:
     suspects = [each for each in isolated if not each.failure.rejects_input]
     if not suspects:
         return Conclusions()
-    healthy = yield from _is_healthy(suspects[-1].failure, has_canary)
+    healthy, _ = yield from _is_healthy(suspects[-1].failure, has_canary, 0.0)
     if healthy is True:
         return Conclusions()
     return Conclusions([Suspicion(each.failure, healthy, [each.item]) for each in suspects])
 
 
-def _is_healthy(failure: Failure, has_canary: bool) -> Generator[Request, Reply, bool | None]:
-    """Whether the model works in spite of `failure`; None: not known."""
+def _is_healthy(
+    failure: Failure, has_canary: bool, now: float
+) -> Generator[Request, Reply, tuple[bool | None, float]]:
+    """Whether the model works in spite of `failure` (None: not known), and the time after that."""
     if failure.rejects_input:
-        return True
+        return True, now
     if failure.kind is FailureKind.DEVICE:
-        return False
+        return False, now
     if not has_canary:
-        return None
-    return (yield RunCanary()).healthy
+        return None, now
+    reply = yield RunCanary()
+    return reply.healthy, reply.now
 
 
 class _Case:

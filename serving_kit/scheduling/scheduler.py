@@ -221,6 +221,7 @@ class Scheduler:
         batch, self._running = self._running, None
         if batch is None:
             return ""
+        continuing = list(continuing)
         go_on = [item for item in continuing if not item.cancelled and item.state is ItemState.RUNNING]
         tokens, padded_tokens = batch.tokens, batch.padded_tokens
         ended = [item for item in batch.items if item not in go_on] if go_on else list(batch.items)
@@ -235,7 +236,8 @@ class Scheduler:
             self._expected = len(self._queue) + len(ended)
             self._closed_loop.batch_ended(now, len(ended))
         begun = batch.items[0].started if started is None else started
-        if not ok or begun is None or go_on or batch.reason is BatchReason.CONTINUED:
+        # The tokens of items that go on are those of their next step already.
+        if not ok or begun is None or continuing or batch.reason is BatchReason.CONTINUED:
             return ""
         return self._learn(batch, tokens, padded_tokens, now - begun, now)
 
