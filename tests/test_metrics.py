@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving_kit.failures.classify import Fault
+from serving_kit.model import FailureKind
 from serving_kit.metrics import HISTORY_S, Metrics, bucket, quantile
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
 from serving_kit.status import Load, Percentiles
@@ -54,13 +54,13 @@ def test_totals_and_window() -> None:
         metrics.add_arrival(second, queue_depth=second)
         metrics.add_request(request(second, latency=0.001 * (second + 1)))
         metrics.add_batch(batch(second, 4))
-    metrics.add_fault(Fault.MEMORY)
+    metrics.add_failure(FailureKind.MEMORY)
     statistics = metrics.statistics(99.5)
     assert metrics.requests() == statistics.requests[Outcome.OK] == 100
     assert statistics.items == 400
     assert statistics.wasted_items == 100
     assert statistics.batches[BatchReason.IDLE] == 100
-    assert statistics.faults == {fault: int(fault is Fault.MEMORY) for fault in Fault}
+    assert statistics.faults == {fault: int(fault is FailureKind.MEMORY) for fault in FailureKind}
     window = statistics.window
     assert window.samples == 30
     assert window.latency.p50_s == pytest.approx(0.085, rel=0.05)
