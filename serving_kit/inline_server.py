@@ -38,6 +38,7 @@ from serving_kit import thread_warnings
 from serving_kit.errors import StartError
 from serving_kit.http.connection import Connection
 from serving_kit.notebook import process_settings
+from serving_kit.options import check_host, check_port
 
 THREAD_NAME = "serving-kit-http"
 _BACKLOG = 2048
@@ -51,15 +52,6 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _servers: weakref.WeakSet[uvicorn.Server] = weakref.WeakSet()
 
 
-def check_host(host: object) -> None:
-    """Raise `StartError` unless `host` is a name or an address."""
-    if not isinstance(host, str) or not host:
-        raise StartError(
-            f'host must be a name or an address, got {host!r}: "127.0.0.1" for this machine only, "0.0.0.0" '
-            "for every network that it is on"
-        )
-
-
 def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
     """A listening socket on `port`, or on the first free one of the `tries` ports from there.
 
@@ -70,8 +62,7 @@ def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
         StartError: naming the port and the remedy.
     """
     check_host(host)
-    if type(port) is not int or not 0 <= port <= 65535:  # True is no port
-        raise StartError(f"port must be a whole number from 0 to 65535, got {port!r}")
+    check_port(port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(port, min(port + max(1, tries), 65536)):
         try:

@@ -11,9 +11,8 @@ from typing import Any
 
 from serving_kit.metrics import HISTORY_S
 from serving_kit.models.tasks import TASKS
-from serving_kit.settings import KNOBS, Knob, Settings
+from serving_kit.settings import settings_schema
 
-_TYPES: Mapping[type, str] = {int: "integer", float: "number", bool: "boolean"}
 _METRICS = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
 _REFUSALS: Mapping[int, str] = {
     400: "The request cannot be read; the text says what is wrong.",
@@ -155,7 +154,7 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                 "Settings": {
                     "type": "object",
                     "additionalProperties": False,
-                    "properties": describe_knobs(),
+                    "properties": settings_schema(),
                 },
                 "Incident": {
                     "type": "object",
@@ -190,23 +189,6 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
             },
         },
     }
-
-
-def describe_knobs() -> dict[str, Any]:
-    """A JSON schema for each knob, with its meaning and its unit."""
-    return {name: _knob(name, knob) for name, knob in KNOBS.items()}
-
-
-def _knob(name: str, knob: Knob) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": _TYPES[knob.kind]}
-    if knob.choices:
-        schema["enum"] = list(knob.choices)
-    elif knob.low is not None and knob.high is not None:
-        schema |= {"minimum": knob.low, "maximum": knob.high}
-    if knob.auto:
-        schema = {"oneOf": [schema, {"const": "auto"}]}
-    unit = {"x-unit": knob.unit} if knob.unit else {}
-    return {**schema, "description": knob.doc, "default": getattr(Settings(), name), **unit}
 
 
 def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:
