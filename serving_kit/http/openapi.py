@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving_kit.metrics import HISTORY_S
-from serving_kit.models.tasks import TASKS
+from serving_kit.models.tasks import TASKS, parameters_schema
 from serving_kit.settings import settings_schema
 
 _METRICS = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
@@ -139,16 +139,7 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                 "Inputs": {
                     "oneOf": [
                         {"type": "string", "minLength": 1},
-                        {
-                            "type": "object",
-                            "required": ["inputs"],
-                            "additionalProperties": False,
-                            "properties": {
-                                "inputs": {"description": "One input, or a list of them."},
-                                "parameters": {"type": ["object", "null"]},
-                                "options": {},
-                            },
-                        },
+                        _inputs_object(parameters_schema(task)),
                     ]
                 },
                 "Settings": {
@@ -187,6 +178,25 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                     },
                 },
             },
+        },
+    }
+
+
+def _inputs_object(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a JSON body with inputs; None: any parameters."""
+    required = ["inputs", "parameters"] if parameters and "required" in parameters else ["inputs"]
+    if parameters is None:
+        parameters = {"type": ["object", "null"]}
+    elif "required" not in parameters:
+        parameters = {"oneOf": [parameters, {"type": "null"}]}
+    return {
+        "type": "object",
+        "required": required,
+        "additionalProperties": False,
+        "properties": {
+            "inputs": {"description": "One input, or a list of them."},
+            "parameters": parameters,
+            "options": {},
         },
     }
 

@@ -79,10 +79,6 @@ class Task:
         """Checked parameters in the types that pipelines want: JSON's 1 is their 1.0."""
         return {name: self.parameters[name].typed(value) for name, value in given.items()}
 
-    def parameters_schema(self) -> Schema:
-        """The JSON schema of the object with the parameters of a request."""
-        return object_schema(self.parameters, self.required)
-
 
 _TOKENS = Whole(1, 1_000_000)
 _TRUNCATION: Mapping[str, Spec] = {"truncation": Flag(), "max_length": _TOKENS}
@@ -183,6 +179,16 @@ _OPENS = "its pipeline may open the paths and addresses that clients send"
 def task_name(name: str) -> str:
     """The name of a task in `TASKS`, for another one that `transformers` takes."""
     return _OTHER_NAMES.get(name, name)
+
+
+def parameters_schema(task: str) -> Schema | None:
+    """The JSON schema of the object with the parameters of a request.
+
+    Args:
+        task: A name that `transformers` takes. None is returned for others: a function's are not known.
+    """
+    known = TASKS.get(task_name(task))
+    return None if known is None else object_schema(known.parameters, known.required)
 
 
 def contract(pipe: Any) -> Task:
