@@ -77,22 +77,14 @@ class Server:
             RuntimeError: called by the function that this server serves, on its model thread, where the
                 answer would wait for itself; also when several servers would wait in a circle.
         """
-        with self._explained(), waiting_for(self._service):
-            return self._inline.run(self._ask(inputs, parameters))
+        with _explained(self), waiting_for(self._service):
+            return self._inline.run(_ask(self._service, inputs, parameters))
 
     async def predict(self, inputs: Any, **parameters: Any) -> Any:
         """The same for `await`: the cell's event loop goes on while the model works."""
         refuse_circle(self._service, threading.current_thread())
-        with self._explained():
-            return await asyncio.wrap_future(self._inline.submit(self._ask(inputs, parameters)))
-
-    async def _ask(self, inputs: Any, parameters: Mapping[str, Any]) -> Any:
-        service = self._service
-        parameters = {name: as_python(value) for name, value in parameters.items()}
-        with service.observe() as ticket:
-            values = inputs if isinstance(inputs, list) else [inputs]
-            answers = await service.predict(values, parameters, ticket)
-            return answers if isinstance(inputs, list) else answers[0]
+        with _explained(self):
+            return await asyncio.wrap_future(self._inline.submit(_ask(self._service, inputs, parameters)))
 
     # -- tuning and looking ----------------------------------------------------------------------
 
@@ -244,21 +236,6 @@ class Server:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return {"text/plain": repr(self), **self.panel.bundle()}
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Add what a client is not told to an error in the owner's own cell."""
-        self._refuse_if_gone()
-        try:
-            yield
-        except ServerGone:
-            raise Stopping(self._why_gone() or "the server has stopped") from None
-        except ServingError as error:
-            if error.detail:
-                error.add_note(error.detail)
-            if error.incident:
-                error.add_note(f"server.errors() has the traceback, as incident {error.incident}")
-            raise
-
     def _announce_stop(self) -> None:
         """Report not ready for `lame_duck_s`; ■ ends the server at once."""
         if not self.running or not self.lame_duck_s:
@@ -312,6 +289,30 @@ def servers() -> list[Server]:
 def lock_of(name: str) -> threading.RLock:
     """The lock under which the server of that name is started, replaced and stopped."""
     return _locks.setdefault(name, threading.RLock())
+
+
+async def _ask(service: Service, inputs: object, parameters: Mapping[str, object]) -> Any:
+    """One request of this process. On the loop thread."""
+    parameters = {name: as_python(value) for name, value in parameters.items()}
+    with service.observe() as ticket:
+        answers = await service.predict(inputs if isinstance(inputs, list) else [inputs], parameters, ticket)
+        return answers if isinstance(inputs, list) else answers[0]
+
+
+@contextlib.contextmanager
+def _explained(server: Server) -> Iterator[None]:
+    """Add what a client is not told to an error in the owner's own cell."""
+    server._refuse_if_gone()
+    try:
+        yield
+    except ServerGone:
+        raise Stopping(server._why_gone() or "the server has stopped") from None
+    except ServingError as error:
+        if error.detail:
+            error.add_note(error.detail)
+        if error.incident:
+            error.add_note(f"server.errors() has the traceback, as incident {error.incident}")
+        raise
 
 
 def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
