@@ -49,7 +49,7 @@ class Task:
     inputs: str = "a string"
     takes: tuple[type, ...] = (str,)
     members: tuple[str, ...] = ()  # of an object input: strings, the first of them required
-    batches: bool = True  # whether several inputs may share a forward
+    batches: bool = True  # whether several inputs may share a step
     media: Callable[[Any], Any] | None = None  # makes an image or sound of what a client sends
 
     def check_input(self, value: Any) -> None:
