@@ -9,7 +9,9 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
+
+from starlette.applications import Starlette
 
 from serving_kit.cpus import allowed_cpus
 from serving_kit.options import DRAIN_S, TOKEN_VARIABLE, from_outside, unknown_variables
@@ -17,21 +19,18 @@ from serving_kit.service import Service
 from serving_kit.settings import KNOBS, Knobs, refuse_unknown, with_knobs
 from serving_kit.spec import ServeSpec, is_loaded_by_name
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
 _FOR_LOADING = {"model", "task", "device"}  # a pipeline or function that is handed over is loaded already
 _FOR_THE_COMMAND = {"host", "port", "lame_duck_s", "access_log"}  # the ASGI server's own business here
 
 
 @with_knobs(defaults=False)
 def create_app(
-    model: Any = None,
+    model: object = None,
     *,
     task: str | None = None,
     name: str = "default",
-    device: Any = None,
-    pipeline_kwargs: Mapping[str, Any] | None = None,
+    device: object = None,
+    pipeline_kwargs: Mapping[str, object] | None = None,
     shortcuts: bool = True,
     retry: bool = True,
     token: str | None = None,

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 from serving_kit.errors import SettingError, StartError
 from serving_kit.http.access import is_loopback
@@ -36,14 +36,14 @@ _loading = threading.RLock()  # transformers sets the process's default dtype wh
 
 @with_knobs(defaults=True)
 def serve(
-    model: Any = None,
+    model: object = None,
     *,
     task: str | None = None,
     port: int = 8000,
     host: str = "127.0.0.1",
     name: str = "default",
-    device: Any = None,
-    pipeline_kwargs: Mapping[str, Any] | None = None,
+    device: object = None,
+    pipeline_kwargs: Mapping[str, object] | None = None,
     shortcuts: bool = True,
     retry: bool = True,
     allowed_hosts: Sequence[str] = (),

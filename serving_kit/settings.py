@@ -205,7 +205,7 @@ def with_knobs(*, defaults: bool) -> Callable[[F], F]:
     ]
 
     def decorate(function: F) -> F:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, eval_str=True)
         named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
         shown = signature.replace(parameters=[*named, *knobs])
         function.__signature__ = shown  # type: ignore[attr-defined]

@@ -57,13 +57,13 @@ class ServeSpec:
         StartError: a host or a port that cannot be one.
     """
 
-    model: Any = None
+    model: object = None
     task: str | None = None
     port: int = 8000
     host: str = "127.0.0.1"
     name: str = "default"
-    device: Any = None
-    pipeline_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    device: object = None
+    pipeline_kwargs: Mapping[str, object] = field(default_factory=dict)
     shortcuts: bool = True
     retry: bool = True
     allowed_hosts: Iterable[str] = ()
