@@ -5,6 +5,7 @@
 #   make lint     formatter, linter, types, layers
 #   make soak     100,000 requests while everything goes wrong: nothing may be lost; up to five minutes
 #   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
+#                 BENCH_ARGS='--against COMMIT': against another commit of this project, 15 minutes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -44,8 +45,9 @@ format: install
 soak: install
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 
+# Only a comparison with other servers needs them installed.
 bench: install
-	benchmarks/setup.sh
+	$(if $(findstring --against,$(BENCH_ARGS)),,benchmarks/setup.sh)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+from text_table import ms, table
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
@@ -44,7 +45,7 @@ def main() -> None:
     (out / "README.md").write_text(f"{head}{BEGIN}\n\n{text(results)}\n{END}{tail}")
 
 
-# -- words and tables ------------------------------------------------------------------------------
+# -- text and tables ------------------------------------------------------------------------------
 
 
 def text(results: Mapping[str, Any]) -> str:
@@ -116,18 +117,8 @@ def noop_table(runs: Mapping[str, Run]) -> str:
     return table(["server", "answers/s, 32 clients", "p50 ms", "p99 ms"], rows)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def void(run: Run) -> str:
