@@ -183,7 +183,7 @@ def main(commit: str, *, quick: bool) -> int:
     )
     figures = compared(scenarios)
     void = sum(scenario.void for scenario in scenarios)
-    note = f" The load generator lagged in {void} runs." if void else ""
+    note = f" Runs in which the load generator lagged: {void}." if void else ""
     text = f"{title}\n\n{report(figures)}{note}\n"
     (OUT / f"against-{short}.json").write_text(json.dumps([vars(each) for each in figures], indent=1) + "\n")
     (OUT / f"against-{short}.md").write_text(text)

@@ -201,7 +201,8 @@ class ServerProcess:
         label = f"{job['clients']} clients" if "clients" in job else f"{job['rate']:.0f}/s"
         void = "  VOID: the generator lagged" if result["void"] else ""
         print(
-            f"  {self.kind.name:15} {label:>11}: {result['goodput_per_s']:8.1f}/s in time, "
+            f"  {self.kind.name:15} {label:>11}: {result['answers_per_s']:8.1f} answers/s, "
+            f"{result['goodput_per_s']:.1f} within the SLO, "
             f"p99 {result['p99_ms']} ms, {result['statuses']}{void}",
             flush=True,
         )
