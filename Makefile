@@ -3,7 +3,7 @@
 #   make test     all tests that this machine can run
 #   make lab      JupyterLab on the notebooks
 #   make lint     formatter, linter, types, layers
-#   make soak     100,000 requests while everything goes wrong: nothing may be lost; up to five minutes
+#   make soak     100,000 requests with faults of every kind: each has one outcome; up to five minutes
 #   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
 #                 BENCH_ARGS='--against COMMIT': against another commit of this project, 15 minutes
 #   make measure  sizes of functions and classes, `Any`, layout of the tests; MEASURE_ARGS='--commit COMMIT'
