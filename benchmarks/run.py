@@ -26,6 +26,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -265,6 +266,7 @@ def main() -> int:
     options = parser.parse_args()
     if (os.cpu_count() or 1) < 2:
         raise SystemExit("the servers and the load generator need a core each")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end, and temporary folders are removed
     if options.against:
         return against.main(options.against, quick=options.quick)
     measure_all(options)
