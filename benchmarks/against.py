@@ -1,7 +1,7 @@
 """Compares the speed of this tree with that of another commit, on one machine, interleaved.
 
     make bench BENCH_ARGS='--against COMMIT'            about a quarter of an hour
-    make bench BENCH_ARGS='--against COMMIT --quick'    two minutes: shows that it works, not how fast it is
+    make bench BENCH_ARGS='--against COMMIT --quick'    two or three minutes: shows that it works only
 
 Five rounds, each with every scenario for both commits; which one is first alternates. Every round starts
 new processes, because processes of the same code differ in speed as well (hash seed, memory layout).
