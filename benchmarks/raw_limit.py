@@ -1,7 +1,7 @@
 """What one core can answer at most: the model that ours runs, ideal batches, no server around it.
 
-Every text is known beforehand, sorted by length, and cut into the batches that cost least. Prints texts
-per second; `run.py` starts it on the core that the servers get.
+All texts are known in advance, sorted by length, and cut into the batches that cost least. Prints texts per
+second; `run.py` starts it on the core of the servers.
 """
 
 from __future__ import annotations
