@@ -16,7 +16,7 @@ import torch
 from serving_kit.model import Part
 from serving_kit.models.loading import load_model
 from serving_kit.scheduling.cost import CostModel
-from serving_kit.scheduling.scheduler import cheapest_cuts
+from serving_kit.scheduling.grouping import cheapest_cuts
 
 _MOST = 32  # items in one batch, as in ours
 

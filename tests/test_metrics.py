@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving_kit.model import FailureKind
 from serving_kit.metrics import HISTORY_S, Metrics, bucket, quantile
+from serving_kit.model import FailureKind
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
 from serving_kit.status import Load, Percentiles
 
