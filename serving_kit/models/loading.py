@@ -2,7 +2,8 @@
 
 torch and transformers are imported when a pipeline is loaded, never before.
 
-Not here: what a model does with an input (`pipeline.py`, `functions.py`), warming up (`warm_up.py`).
+Not here: what a model does with an input (`pipeline.py`, `functions.py`), warming up (`warm_up.py`), the
+remedies (`advice.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from serving_kit.errors import StartError
+from serving_kit.models.advice import advice
 from serving_kit.models.functions import CallableModel
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model, short_name
 from serving_kit.models.pipes import Pipe
@@ -102,7 +104,7 @@ def _ready(model: PipelineModel) -> PipelineModel:
     try:
         return warm_up(model)
     except Exception as error:
-        raise StartError(f"{model.name} is loaded, but cannot answer: {_explain(error)}") from error
+        raise StartError(f"{model.name} is loaded, but cannot answer: {advice(error)}") from error
 
 
 def _function_model(function: object) -> CallableModel:
@@ -176,7 +178,7 @@ def _load_pipeline(source: str, task: str | None, device: object, kwargs: dict[s
     except StartError as error:
         raise StartError(f"cannot load {source!r}: {error}") from None
     except Exception as error:
-        raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
+        raise StartError(f"cannot load {source!r}: {advice(error)}") from error
 
 
 def _where(source: str, kwargs: Mapping[str, Any]) -> str:
@@ -222,45 +224,6 @@ def _refuse_without_task(folder: str) -> None:
     raise StartError(
         f"its task cannot be found out here: only the Hub states it, for an id. Pass it: {advice}"
     )
-
-
-def _explain(error: BaseException) -> str:
-    """What went wrong in a line, and what to do. The traceback stays attached as the cause."""
-    chain = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    names = {type(each).__name__ for each in chain}
-    texts = " ".join(map(str, chain))
-    first = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "out of memory" in texts.lower():
-        return (
-            "out of memory. Free some (stop other servers, restart other kernels), take a smaller model, "
-            "load in half precision (pipeline_kwargs={'dtype': 'float16'}), or if this replaces a running "
-            "server, stop that first: serve(..., stop_first=True)"
-        )
-    if "not compiled with CUDA" in texts:
-        return "this build of torch has no CUDA; leave the device out, say 'cpu', or install another build"
-    if "GatedRepoError" in names:
-        return "its owner has to grant you access on the Hub first; then log in with `hf auth login`"
-    if names & {"RepositoryNotFoundError", "HFValidationError"} or "valid model identifier" in texts:
-        return (
-            "there is no folder and no public model of that name. Check the spelling; a private model "
-            "needs `hf auth login`"
-        )
-    if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError"} or (
-        "couldn't connect" in texts.lower()
-    ):
-        return (
-            "it is not on this machine and the Hub cannot be reached. Check the network, or pass a folder; "
-            "serving_kit.serve() without arguments works offline"
-        )
-    if "Unknown task" in texts:
-        return f"{error.args[0] if error.args else first}"
-    if "Inferring the task" in texts or "infer the task" in texts.lower():
-        return f"{first} Say which task it is: serve({'...'}, task='fill-mask')"
-    return f"{type(error).__name__}: {first}"
 
 
 def _is_async(function: Callable[..., object]) -> bool:

@@ -27,7 +27,7 @@ _NO_LIMIT = 1_000_000
 _TABLES = frozenset(
     {"position_embeddings", "position_embedding", "positions_embed", "embed_positions", "wpe"}
 )
-_LONGEST_TRIAL, _TRIAL_S = 1024, 0.5  # tokens and seconds up to which lengths are tried
+_LONGEST_TRIAL, TRIAL_S = 1024, 0.5  # tokens and seconds up to which lengths are tried
 
 
 def most_positions(pipe: Pipe) -> int | None:
@@ -60,7 +60,7 @@ def answered_positions(pipe: Pipe, chunk: Chunk, most: int | None) -> int | None
         length, started = min(2 * answered, highest), time.perf_counter()
         if not _answers(pipe, chunk, length):
             fails = length
-        elif 2 * (time.perf_counter() - started) > _TRIAL_S:
+        elif 2 * (time.perf_counter() - started) > TRIAL_S:
             return most
         else:
             answered = length

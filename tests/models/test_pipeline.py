@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+import numpy as np
+
 from serving_kit.errors import ModelFailed
 from serving_kit.model import Done, FailureKind, Part, Work
 from serving_kit.models.loading import load_model
@@ -139,3 +141,7 @@ def test_bad_inputs_alone_open_no_breaker(
         assert await service.stop()
 
     asyncio.run(main())
+
+
+def test_numbers_of_numpy_in_answers() -> None:
+    assert plain({"a": np.float32(0.5), "b": np.arange(3)}) == {"a": 0.5, "b": [0, 1, 2]}

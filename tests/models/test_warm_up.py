@@ -8,9 +8,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+from serving_kit.models import positions
 from serving_kit.models.loading import load_model
 from serving_kit.models.pipeline import build_pipeline_model
 from serving_kit.models.warm_up import warm_up
+from serving_kit.service import Service
 from tests.support_models import IMAGE_TASKS, TASKS, answers, fresh, tiny, without_pad_token
 
 
@@ -22,6 +24,11 @@ def test_timings(task: str) -> None:
     assert len({timing.padded_tokens for timing in timings}) >= 3
     assert all(timing.seconds > 0 for timing in timings)
     assert (cold.example, cold.timings) == (None, ()), "the given model stays as it is"
+
+
+def test_timings_make_the_cost_known() -> None:
+    service = Service(load_model(tiny("fill-mask")))
+    assert service.snapshot()["cost"]["known"]
 
 
 def test_no_timings_of_what_says_nothing_about_the_cost() -> None:
@@ -55,10 +62,11 @@ def test_without_a_pad_token_batches_of_one() -> None:
     assert model.example is not None
 
 
-def test_longest_input_is_what_the_model_answers() -> None:
+def test_longest_input_is_what_the_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config that states more positions than there are rows in the table is not relied on."""
     import torch
 
+    monkeypatch.setattr(positions, "TRIAL_S", 60.0)  # however slow this machine is
     pipe = fresh("fill-mask")
     pipe.model.bert.embeddings.position_embeddings = torch.nn.Embedding(20, 32)
     model = warm_up(build_pipeline_model(pipe))
