@@ -34,16 +34,12 @@ from serving_kit.errors import (
     error_text,
 )
 from serving_kit.execution import Model, Result
-from serving_kit.failures import classify
-from serving_kit.incidents import IncidentLog, make_incident
-from serving_kit.log import ServerLog
-from serving_kit.metrics import Metrics
-from serving_kit.observers import Observers
-from serving_kit.records import SERVER_SIDE, BatchRecord, Incident, Outcome, RequestRecord
+from serving_kit.records import Incident, Outcome, RequestRecord
 from serving_kit.scheduling.scheduler import Item, Scheduler
 from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 from serving_kit.status_reader import StatusReader
+from serving_kit.telemetry import Telemetry
 
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
@@ -135,7 +131,7 @@ class Ticket:
         if isinstance(error, ServingError):
             outcome = error.outcome
             if error.__cause__ is not None and error.incident is None:  # raised on the way out
-                service.keep_incident(error, error.__cause__)
+                service.telemetry.incidents.keep(error, error.__cause__)
         elif isinstance(error, asyncio.CancelledError):
             outcome = Outcome.CANCELLED
         elif error is not None:
@@ -143,7 +139,7 @@ class Ticket:
             if isinstance(error, Exception):
                 detail = error_text(error)
                 told = failed = ModelFailed("the server failed on this request", detail=detail)
-                service.keep_incident(failed, error)
+                service.telemetry.incidents.keep(failed, error)
         incident = told.incident if isinstance(told, ServingError) else None
         ended = service.clock()
         record = RequestRecord(
@@ -156,7 +152,7 @@ class Ticket:
             self.request_id,
             incident,
         )
-        service.add_request(record, told)
+        service.telemetry.request_ended(record, told)
         if failed is not None:
             raise failed from error
 
@@ -212,22 +208,14 @@ class Service:
         self.draining_since: float | None = None
         self.stopped = False
         self.held = 0  # bytes of the bodies of all requests under way
-        self.metrics = Metrics()
-        self.incident_log = IncidentLog()
-        self.log = ServerLog(name, clock, self.incident_log.find)
-        self.request_observers = Observers[RequestRecord](
-            self.metrics.add_request,
-            self.incident_log.add_request,
-            self.log.add_request,  # after the one before: it writes that incident
-            on_failure=self._observer_failed,
-        )
-        self.step_observers = Observers[BatchRecord](self.metrics.add_batch, on_failure=self._observer_failed)
+        self.telemetry = Telemetry(name, clock)
+        self.metrics, self.log = self.telemetry.metrics, self.telemetry.log
         self._reader = StatusReader(self)
         self.batcher = Batcher(
             model,
             Scheduler(settings),
-            on_batch=self.step_observers,
-            on_error=self._keep_fault,
+            on_batch=self.telemetry.step_observers,
+            on_error=self.telemetry.model_failed,
             on_breaker=lambda gate, reason: self.log.breaker(gate.value, reason),
             on_cost_given_up=self.log.cost_given_up,
             clock=clock,
@@ -407,7 +395,7 @@ class Service:
 
     def incidents(self) -> list[Incident]:
         """The latest failures, newest first. For the owner only."""
-        return self.incident_log.latest()
+        return self.telemetry.incidents.latest()
 
     def core_status(self) -> CoreStatus:
         """What the engine reports."""
@@ -416,36 +404,6 @@ class Service:
     def model_changes(self) -> str:
         """What was done to the model that answers do not show, and the remedy; empty: nothing."""
         return "" if self.model is None else self.model.changed()
-
-    # -- what happens ----------------------------------------------------------------------------
-
-    def add_request(self, record: RequestRecord, error: BaseException | None) -> None:
-        """Tell the observers of a request that has ended, with what its client is told."""
-        if error is not None:
-            reason = str(error) if record.outcome in SERVER_SIDE else ""  # else it may quote the client
-            record = RequestRecord(*record[:-2], type(error).__name__, reason)  # _replace() takes longer
-        self.request_observers(record)
-
-    def keep_incident(self, failed: ServingError, error: BaseException) -> Incident:
-        """Keep what happened, under an id that the client may be told."""
-        return self.incident_log.keep(failed, error)
-
-    def route_failed(self, failed: ServingError, error: BaseException, request_id: str) -> None:
-        """Keep and log the failure of a route that asks no model."""
-        incident = self.incident_log.keep(failed, error)
-        self.incident_log.attach(incident.id, request_id)
-        self.log.route_failed(incident, request_id)
-
-    def _keep_fault(self, failed: ServingError, error: BaseException) -> None:
-        """Count and keep what went wrong on the model thread."""
-        if not isinstance(failed, InputRejected):
-            self.metrics.add_fault(classify.kind(error))
-        incident = self.incident_log.keep(failed, error)
-        if isinstance(error, classify.WorkerDied):
-            self.log.worker_died(incident)
-
-    def _observer_failed(self, error: Exception) -> None:
-        self.log.observer_failed(make_incident(error))
 
 
 def check_live_timeout(seconds: Any) -> None:
