@@ -4,7 +4,7 @@
     step_observers.add(my_function)
     step_observers(record)
 
-An observer that raises is removed and reported, because what it observes must go on.
+What an observer raises is reported and goes no further: a request must not fail because it is observed.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ R = TypeVar("R")
 class Observers(Generic[R]):
     """Calls the observers in the order in which they were added, on the thread that emits the record.
 
-    They must be quick and must not block. `add` and `remove` may be called from any thread.
+    They must be quick and must not block. `add` and `remove` may be called from any thread. An observer that
+    raises is removed, unless it is one of the first ones: a passing lack of memory must not end the counting.
 
     Args:
-        observers: The first ones.
+        first: The kit's own.
         on_failure: Called with what an observer raised.
     """
 
-    def __init__(self, *observers: Callable[[R], None], on_failure: Callable[[Exception], None]) -> None:
-        self._observers = observers  # replaced and never changed, so that no lock is needed to read it
+    def __init__(self, *first: Callable[[R], None], on_failure: Callable[[Exception], None]) -> None:
+        self._first = first
+        self._all = first  # replaced and never changed, so that it can be read without a lock
         self._on_failure = on_failure
 
     def add(self, observer: Callable[[R], None]) -> None:
         """Call `observer` with every later record."""
-        self._observers = (*self._observers, observer)
+        self._all = (*self._all, observer)
 
     def remove(self, observer: Callable[[R], None]) -> None:
-        """Call it no more; without effect if it was not added."""
-        self._observers = tuple(each for each in self._observers if each != observer)
+        """Call `observer` no more; without effect if it was not added, or is one of the first ones."""
+        self._all = tuple(each for each in self._all if each != observer or each in self._first)
 
     def __call__(self, record: R) -> None:
         """Emit a record."""
-        for observer in self._observers:
+        for observer in self._all:
             try:
                 observer(record)
             except Exception as error:

@@ -35,28 +35,15 @@ from serving_kit.errors import (
     error_text,
 )
 from serving_kit.events import Chunk, Done, End, Failed
-from serving_kit.incidents import IncidentLog, make_incident
 from serving_kit.items import Item
-from serving_kit.log import ServerLog
-from serving_kit.metrics import Metrics
-from serving_kit.model import FailureKind, Input, ServedModel
-from serving_kit.observers import Observers
-from serving_kit.records import (
-    SERVER_SIDE,
-    BatchRecord,
-    BreakerRecord,
-    CostReleasedRecord,
-    FailureRecord,
-    Incident,
-    Outcome,
-    Record,
-    RequestRecord,
-)
+from serving_kit.model import Input, ServedModel
+from serving_kit.records import Incident, Outcome, RequestRecord
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 from serving_kit.status_reader import StatusReader
+from serving_kit.telemetry import Telemetry
 
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
@@ -123,7 +110,7 @@ class Ticket:
         if isinstance(error, ServingError):
             outcome = error.outcome
             if error.__cause__ is not None and error.incident is None:  # raised on the way out
-                service.keep_incident(error, error.__cause__)
+                service.telemetry.incidents.keep(error, error.__cause__)
         elif isinstance(error, asyncio.CancelledError):
             outcome = Outcome.CANCELLED
         elif error is not None:
@@ -131,7 +118,7 @@ class Ticket:
             if isinstance(error, Exception):
                 detail = error_text(error)
                 told = failed = ModelFailed("the server failed on this request", detail=detail)
-                service.keep_incident(failed, error)
+                service.telemetry.incidents.keep(failed, error)
         incident = told.incident if isinstance(told, ServingError) else None
         ended = service.clock()
         record = RequestRecord(
@@ -144,7 +131,7 @@ class Ticket:
             self.request_id,
             incident,
         )
-        service.add_request(record, told)
+        service.telemetry.request_ended(record, told)
         if failed is not None:
             raise failed from error
 
@@ -165,8 +152,7 @@ class Service:
         make_worker: Makes what runs the model; for the simulator.
 
     Attributes:
-        request_observers: Are told of every request that has ended, on the loop thread.
-        step_observers: Are told of every step, on the loop thread.
+        telemetry: Metrics, incidents, log, and the observers of requests and steps.
         notes: What the owner should know about how this model is served.
 
     Raises:
@@ -204,22 +190,14 @@ class Service:
         self.draining_since: float | None = None
         self.stopped = False
         self.held = 0  # bytes of the bodies of all requests under way
-        self.metrics = Metrics()
-        self.incident_log = IncidentLog()
-        self.log = ServerLog(name, clock, self.incident_log.find)
-        self.request_observers = Observers[RequestRecord](
-            self.metrics.add_request,
-            self.incident_log.add_request,
-            self.log.add_request,  # after the one before: it writes that incident
-            on_failure=self._observer_failed,
-        )
-        self.step_observers = Observers[BatchRecord](self.metrics.add_batch, on_failure=self._observer_failed)
+        self.telemetry = Telemetry(name, clock)
+        self.metrics, self.log = self.telemetry.metrics, self.telemetry.log
         self._reader = StatusReader(self)
         cost = CostModel()
         for timing in model.timings:
             cost.observe(*timing)
         engine = Engine(Scheduler(settings, cost), canary=model.example, retry=retry)
-        self.batcher = Batcher(model, engine, self._report, clock=clock, make_worker=make_worker)
+        self.batcher = Batcher(model, engine, self.telemetry.report, clock=clock, make_worker=make_worker)
         self._tuning = threading.Lock()
 
     # -- life ------------------------------------------------------------------------------------
@@ -435,7 +413,7 @@ class Service:
 
     def incidents(self) -> list[Incident]:
         """The latest failures, newest first. For the owner only."""
-        return self.incident_log.latest()
+        return self.telemetry.incidents.latest()
 
     def core_status(self) -> CoreStatus:
         """What the engine reports."""
@@ -444,43 +422,6 @@ class Service:
     def model_changes(self) -> str:
         """What was done to the model that answers do not show, and the remedy; empty: nothing."""
         return "" if self.model is None else self.model.changed()
-
-    # -- what happens ----------------------------------------------------------------------------
-
-    def add_request(self, record: RequestRecord, error: BaseException | None) -> None:
-        """Tell the observers of a request that has ended, with what its client is told."""
-        if error is not None:
-            reason = str(error) if record.outcome in SERVER_SIDE else ""  # else it may quote the client
-            record = RequestRecord(*record[:-2], type(error).__name__, reason)  # _replace() takes longer
-        self.request_observers(record)
-
-    def keep_incident(self, failed: ServingError, error: BaseException) -> Incident:
-        """Keep what happened, under an id that the client may be told."""
-        return self.incident_log.keep(failed, error)
-
-    def route_failed(self, failed: ServingError, error: BaseException, request_id: str) -> None:
-        """Keep and log the failure of a route that asks no model."""
-        incident = self.incident_log.keep(failed, error)
-        self.incident_log.attach(incident.id, request_id)
-        self.log.route_failed(incident, request_id)
-
-    def _report(self, record: Record) -> None:
-        """Pass on what the engine reports. Loop thread."""
-        if isinstance(record, BatchRecord):
-            self.step_observers(record)
-        elif isinstance(record, FailureRecord):
-            if not isinstance(record.error, InputRejected):
-                self.metrics.add_failure(record.kind)
-            incident = self.incident_log.keep(record.error, record.cause)
-            if record.kind is FailureKind.CRASH:
-                self.log.worker_died(incident)
-        elif isinstance(record, BreakerRecord):
-            self.log.breaker(record.state, record.reason)
-        elif isinstance(record, CostReleasedRecord):
-            self.log.cost_released(record.reason)
-
-    def _observer_failed(self, error: Exception) -> None:
-        self.log.observer_failed(make_incident(error))
 
 
 def check_live_timeout(seconds: Any) -> None:

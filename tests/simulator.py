@@ -340,8 +340,8 @@ class Play:
             clock=self.clock,
             make_worker=self._make_worker,
         )
-        service.request_observers.add(self._observe)
-        service.step_observers.add(self._observe)
+        service.telemetry.request_observers.add(self._observe)
+        service.telemetry.step_observers.add(self._observe)
         await service.start()
         self.models.append(model)
         self.services.append(service)

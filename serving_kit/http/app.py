@@ -633,7 +633,7 @@ def _problem(error: Exception, request_id: str, app: Any) -> Response:
         if not isinstance(error, ServingError):
             failed = ModelFailed("the server failed on this request", detail=error_text(error))
             if service is not None:
-                service.route_failed(failed, error, request_id)
+                service.telemetry.route_failed(failed, error, request_id)
             error = failed
         status, kind = next(STATUS[each] for each in type(error).__mro__ if each in STATUS)
         text, incident = str(error), error.incident

@@ -27,7 +27,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serving_kit
-from serving_kit import batching, execution, incidents, observers, service, status_reader
+from serving_kit import (
+    batching,
+    execution,
+    incidents,
+    observers,
+    service,
+    status_reader,
+    telemetry,
+)
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -63,6 +71,7 @@ KIT = (
     service,
     incidents,
     observers,
+    telemetry,
 )  # whose lines are made to raise
 
 
