@@ -22,7 +22,7 @@ def core(**changes: object) -> CoreStatus:
         "draining": False,
         "breaker": Gate.CLOSED,
         "cost_known": True,
-        "cost_doubt": "",
+        "cost_released_reason": "",
         "call_s": 0.002,
         "token_s": 3e-6,
         "max_batch_tokens": 4096,
