@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from serving_kit.http import connection
+from tests.support_http import read_to_end
 
 pytestmark = pytest.mark.light
 
@@ -22,18 +23,10 @@ def client(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socke
         yield raw
 
 
-def everything(raw: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
-    data = b""
-    while more := raw.recv(65536):
-        data += more
-    return data
-
-
 @pytest.mark.parametrize("sent", [b"", b"P", HEAD], ids=["nothing", "a letter", "no end"])
 def test_a_head_that_does_not_come_is_not_waited_for(client: socket.socket, sent: bytes) -> None:
     client.sendall(sent)
-    assert everything(client).startswith(b"HTTP/1.1 408 ")
+    assert read_to_end(client).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_head_without_end_is_cut_off(client: socket.socket) -> None:
@@ -76,6 +69,6 @@ def test_half_a_head_behind_a_request_under_way_does_not_cost_it_its_answer(
             raw.recv(1)  # the second request's time has been over for a while
         wait.set()
         raw.settimeout(10)
-        data = everything(raw)
+        data = read_to_end(raw)
     assert data.startswith(b"HTTP/1.1 200 ")
     assert b"HTTP/1.1 408 " in data

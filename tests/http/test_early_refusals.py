@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.http.test_upgrade import NOTEBOOK_AND_COMMAND, command, port
+from tests.support_http import NOTEBOOK_AND_COMMAND, read_to_end
 
-__all__ = ["command", "port"]  # fixtures
 Serve = Callable[..., Any]
 MEGABYTES_40 = b"x" * 40_000_000
-
-
-def everything(raw: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
-    data = b""
-    while more := raw.recv(65536):
-        data += more
-    return data
 
 
 def chunks() -> Iterator[bytes]:
@@ -91,7 +82,7 @@ def test_a_client_that_asks_first_is_refused_before_it_sends(port: int) -> None:
         raw.sendall(
             b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 40000000\r\n\r\n"
         )
-        answer = everything(raw)  # closed though nothing was sent
+        answer = read_to_end(raw)  # closed though nothing was sent
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"connection: close" in answer
 
@@ -146,4 +137,4 @@ def test_a_client_that_sends_a_long_head_reads_the_431(serve: Serve) -> None:
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: " + b"a" * 1_000_000)
-            assert everything(raw).startswith(b"HTTP/1.1 431 ")
+            assert read_to_end(raw).startswith(b"HTTP/1.1 431 ")

@@ -12,7 +12,7 @@ import pytest
 import serving_kit
 from serving_kit import SettingError
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, ended, free_port
+from tests.support_http import answers, ended, free_port
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
