@@ -20,6 +20,7 @@ from typing import Any, Literal
 from serving_kit.errors import SettingError
 
 Auto = Literal["auto"]
+_JSON_TYPES: Mapping[type, str] = {int: "integer", float: "number", bool: "boolean"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,23 @@ class Settings:
 
 
 KNOBS: Mapping[str, Knob] = {f.name: f.metadata["knob"] for f in dataclasses.fields(Settings)}
+
+
+def settings_schema() -> dict[str, object]:
+    """A JSON schema for each knob, with its meaning and its unit."""
+    return {name: _knob_schema(name, knob) for name, knob in KNOBS.items()}
+
+
+def _knob_schema(name: str, knob: Knob) -> dict[str, object]:
+    schema: dict[str, object] = {"type": _JSON_TYPES[knob.kind]}
+    if knob.choices:
+        schema["enum"] = list(knob.choices)
+    elif knob.low is not None and knob.high is not None:
+        schema |= {"minimum": knob.low, "maximum": knob.high}
+    if knob.auto:
+        schema = {"oneOf": [schema, {"const": "auto"}]}
+    unit = {"x-unit": knob.unit} if knob.unit else {}
+    return {**schema, "description": knob.doc, "default": getattr(Settings(), name), **unit}
 
 
 def as_python(value: Any) -> Any:

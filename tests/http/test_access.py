@@ -9,22 +9,17 @@ import httpx
 import pytest
 
 from serving_kit import create_app
-from serving_kit.http.access import Access, access
+from serving_kit.http.access import Access, Level, Login, RequestHead, access
+from serving_kit.http.app import all_endpoints
+from serving_kit.http.endpoints import RouteTable
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
 HERE, OUTSIDE = ("127.0.0.1", 8000), ("192.168.1.7", 8000)
 LOCAL = Access("secret")
+TABLE = RouteTable(all_endpoints())
 EVERY_ROUTE = [
-    ("GET", "/"),
-    ("POST", "/"),
-    ("GET", "/panel.js"),
-    ("GET", "/info"),
-    ("GET", "/stats"),
-    ("GET", "/metrics"),
-    ("GET", "/openapi.json"),
-    ("GET", "/settings"),
-    ("PATCH", "/settings"),
+    *((each.method, each.path) for each in TABLE.endpoints if each.level is not Level.OPEN),
     ("GET", "/nothing"),
 ]
 
@@ -33,8 +28,15 @@ def status(
     rule: Access, method: str = "POST", path: str = "/", server: Any = HERE, **headers: str
 ) -> int | None:
     given = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    refusal = rule.refusal(method, path, server, given)
-    return refusal and refusal.status
+    decision = rule.authorise(RequestHead(method, path, b"", server, given), TABLE.level(method, path))
+    assert not isinstance(decision, Login)
+    return decision and decision.status
+
+
+def cookie_for(rule: Access, query: bytes, server: Any) -> str | None:
+    """What a browser gets that opens the page with this query."""
+    decision = rule.authorise(RequestHead("GET", "/", query, server, {b"host": b"x"}), Level.CLIENT)
+    return decision.cookie if isinstance(decision, Login) else None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_page_from_elsewhere_may_not_post(headers: dict[str, str]) -> None:
     assert status(LOCAL, host=host, **headers) == 403
     assert status(LOCAL, host=host, authorization="Bearer secret", **headers) is None
     assert status(LOCAL, host=host, authorization="Bearer wrong", **headers) == 403
-    cookie = (LOCAL.pass_for(b"token=secret", HERE) or "").partition(";")[0]
+    cookie = (cookie_for(LOCAL, b"token=secret", HERE) or "").partition(";")[0]
     assert status(LOCAL, host=host, cookie=cookie, **headers) == 403
     assert status(Access("secret", public=True), host=host, **headers) is None
 
@@ -148,11 +150,11 @@ def test_without_a_token_only_this_machine_may_ask() -> None:
     for server in (OUTSIDE, None, ("testserver", 80), ("testserver", None)):
         assert status(Access(), server=server, host="localhost") == 403
     assert status(Access(), server=HERE, host="evil", authorization="Bearer ") == 403
-    assert Access().pass_for(b"token=", HERE) is None
+    assert cookie_for(Access(), b"token=", HERE) is None
 
 
 def test_the_cookie_opens_what_its_token_opens_and_is_not_the_token() -> None:
-    cookie = LOCAL.pass_for(b"a=b&token=secret", OUTSIDE)
+    cookie = cookie_for(LOCAL, b"a=b&token=secret", OUTSIDE)
     assert cookie is not None
     assert "secret" not in cookie
     assert "HttpOnly; SameSite=Lax" in cookie
@@ -160,7 +162,7 @@ def test_the_cookie_opens_what_its_token_opens_and_is_not_the_token() -> None:
     assert status(LOCAL, "GET", "/stats", OUTSIDE, cookie=f"other=1; {pair}") is None
     assert status(Access("changed"), "GET", "/stats", OUTSIDE, cookie=pair) == 401
     for wrong in (b"", b"token=", b"token=wrong", b"xtoken=secret", b"token=secret&token=no"):
-        assert LOCAL.pass_for(wrong, OUTSIDE) is None
+        assert cookie_for(LOCAL, wrong, OUTSIDE) is None
 
 
 # -- over HTTP -------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def test_an_answer_that_json_cannot_carry_is_a_failure_of_the_model(client: http
 def test_a_bug_in_a_route_is_an_incident_and_never_a_traceback(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving_kit.http.app.describe", lambda *_: 1 / 0)
+    monkeypatch.setattr("serving_kit.http.openapi.document", lambda *_: 1 / 0)
     body = problem(client.get("/openapi.json"), 500)
     assert server_of(client).errors()[0].id == body["incident"]
     assert "ZeroDivisionError" in server_of(client).errors()[0].error

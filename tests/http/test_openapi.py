@@ -17,7 +17,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import serving_kit
-from serving_kit.http.openapi import describe
+from serving_kit.http.app import all_endpoints
+from serving_kit.http.openapi import Subject, document
 
 PROMISES = [
     status_code_conformance,
@@ -26,7 +27,7 @@ PROMISES = [
     unsupported_method,
 ]
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-schema = schemathesis.openapi.from_dict(describe("function", "echo", "1"))
+schema = schemathesis.openapi.from_dict(document(Subject("function", "echo", "1"), all_endpoints()))
 
 
 def echo(texts: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from serving_kit import execution
 from serving_kit.errors import InputRejected, MalformedRequest, ModelFailed, StartError
-from serving_kit.http.formats import dump_json
+from serving_kit.http.strict_json import dump_json
 from serving_kit.models.functions import CallableModel
 from serving_kit.models.loading import load_model
 from serving_kit.models.pipeline import PipelineModel

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving_kit.http.formats import Call, decode, dump_json, encode, parse_json
 
 from serving_kit.errors import MalformedRequest, ModelFailed
-from serving_kit.http.formats import Call, decode, dump_json, encode, parse_json
 
 pytestmark = pytest.mark.light
 JSON = "application/json"
