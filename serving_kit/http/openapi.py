@@ -51,13 +51,13 @@ class Subject:
         task: A task of `models/tasks.py`, or another word for a function.
         model: Its name.
         version: Of the package.
-        parameters: The JSON schema of each call parameter; None: they are not known.
+        parameters: The JSON schema of the object of call parameters; None: any object.
     """
 
     task: str
     model: str
     version: str
-    parameters: Mapping[str, Schema] | None = None
+    parameters: Schema | None = None
 
 
 Describe = Callable[[Subject], dict[str, object]]  # makes the operation object of one route

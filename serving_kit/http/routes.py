@@ -110,7 +110,7 @@ async def metrics(request: Request) -> Response:
 async def openapi_document(request: Request) -> Response:
     """GET /openapi.json."""
     service = _service(request)
-    subject = Subject(service.task, service.model_name, __version__, parameter_schemas(service.task))
+    subject = Subject(service.task, service.model_name, __version__, parameters_schema(service.task))
     return _json(openapi.document(subject, request.app.state.endpoints))
 
 
@@ -140,8 +140,8 @@ async def errors(request: Request) -> Response:
     return _json(incidents, headers=PRIVATE_HEADERS)
 
 
-def parameter_schemas(task: str) -> dict[str, Schema] | None:
-    """The JSON schema of each parameter that the task takes; None: they are not known, as of a function."""
+def parameters_schema(task: str) -> Schema | None:
+    """The JSON schema of the object of call parameters; None: any object, as for a function."""
     return None  # until the table of tasks has schemas
 
 

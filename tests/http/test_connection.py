@@ -24,12 +24,12 @@ def client(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socke
 
 
 @pytest.mark.parametrize("sent", [b"", b"P", HEAD], ids=["nothing", "a letter", "no end"])
-def test_a_head_that_does_not_come_is_not_waited_for(client: socket.socket, sent: bytes) -> None:
+def test_head_that_does_not_come(client: socket.socket, sent: bytes) -> None:
     client.sendall(sent)
     assert read_to_end(client).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_head_without_end_is_cut_off(client: socket.socket) -> None:
+def test_head_without_end(client: socket.socket) -> None:
     client.sendall(HEAD)
     sent = 0
     try:
@@ -40,7 +40,7 @@ def test_a_head_without_end_is_cut_off(client: socket.socket) -> None:
     assert sent < 100_000_000
 
 
-def test_a_head_that_comes_in_pieces_is_fine_also_on_a_kept_connection(client: socket.socket) -> None:
+def test_head_in_pieces(client: socket.socket) -> None:
     for _ in range(2):
         client.sendall(HEAD[:20])
         client.sendall(HEAD[20:])
@@ -51,9 +51,7 @@ def test_a_head_that_comes_in_pieces_is_fine_also_on_a_kept_connection(client: s
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
-def test_half_a_head_behind_a_request_under_way_does_not_cost_it_its_answer(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_head_during_a_request(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_HEAD_S", 0.1)
     wait = threading.Event()
 

@@ -102,26 +102,31 @@ def accepts(subject: Subject) -> Mapping[str, Schema]:
     text: Schema = {"type": "string", "minLength": 1}
     file: Schema = {"type": "string", "format": "binary"}
     return {
-        "application/json": {
-            "type": "object",
-            "required": ["inputs"],
-            "additionalProperties": False,
-            "properties": {
-                "inputs": {"description": "One input, or a list of them."},
-                "parameters": _parameters(subject.parameters),
-                "options": {},
-            },
-        },
+        "application/json": _object_schema(subject.parameters),
         "multipart/form-data": _form(file if takes_media(subject.task) else text),
         _URLENCODED: _form(text),
     }
 
 
-def _parameters(schemas: Mapping[str, Schema] | None) -> Schema:
-    """Of the task; None: they are not known, as of a function."""
-    if schemas is None:
-        return {"type": ["object", "null"]}
-    return {"type": ["object", "null"], "additionalProperties": False, "properties": dict(schemas)}
+def _object_schema(parameters: Schema | None) -> Schema:
+    """Parameters: the schema of that member; None: any object."""
+    required = ["inputs"]
+    if parameters is None:
+        parameters = {"type": ["object", "null"]}
+    elif "required" in parameters:
+        required = ["inputs", "parameters"]
+    else:
+        parameters = {"oneOf": [parameters, {"type": "null"}]}
+    return {
+        "type": "object",
+        "required": required,
+        "additionalProperties": False,
+        "properties": {
+            "inputs": {"description": "One input, or a list of them."},
+            "parameters": parameters,
+            "options": {},
+        },
+    }
 
 
 def _form(one: Schema) -> Schema:

@@ -30,7 +30,7 @@ CHUNKED = CURL_HEAD + b"Transfer-Encoding: chunked\r\n" + FORM + b"4\r\na [M\r\n
 
 @pytest.mark.parametrize("port", NOTEBOOK_AND_COMMAND, indirect=True)
 @pytest.mark.parametrize("request_", [JAVA, CURL, CHUNKED], ids=["java", "curl", "chunked"])
-def test_a_request_that_asks_for_http2_is_answered_with_its_body(port: int, request_: bytes) -> None:
+def test_upgrade_to_http2(port: int, request_: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         for _ in range(2):  # the connection goes on
             raw.sendall(request_)
@@ -40,7 +40,7 @@ def test_a_request_that_asks_for_http2_is_answered_with_its_body(port: int, requ
 
 
 @pytest.mark.parametrize("port", NOTEBOOK_AND_COMMAND, indirect=True)
-def test_a_body_that_comes_after_its_head_is_not_lost_either(port: int) -> None:
+def test_body_after_the_head(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         for end in (20, len(JAVA) - len(TEXT), len(JAVA) - 2):
             raw.sendall(JAVA[:end])
@@ -52,7 +52,7 @@ def test_a_body_that_comes_after_its_head_is_not_lost_either(port: int) -> None:
 
 
 @pytest.mark.parametrize("port", NOTEBOOK_AND_COMMAND, indirect=True)
-def test_a_client_that_waits_for_100_continue_gets_it(port: int) -> None:
+def test_100_continue(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(CURL_HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n" + FORM)
         assert raw.recv(1000).startswith(b"HTTP/1.1 100 ")
@@ -61,7 +61,7 @@ def test_a_client_that_waits_for_100_continue_gets_it(port: int) -> None:
 
 
 @pytest.mark.parametrize("port", [NOTEBOOK_AND_COMMAND[0]], indirect=True)
-def test_requests_behind_one_that_asks_for_an_upgrade_are_answered_in_turn(port: int) -> None:
+def test_pipelined_requests(port: int) -> None:
     plain = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = JAVA.replace(b"Connection: Upgrade", b"Connection: close, Upgrade")
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
@@ -81,7 +81,7 @@ def test_requests_behind_one_that_asks_for_an_upgrade_are_answered_in_turn(port:
     ],
     ids=["connect", "connect and upgrade", "http2 with prior knowledge"],
 )
-def test_what_is_no_request_to_this_server_gets_one_400(port: int, request_: bytes) -> None:
+def test_connect_and_http2_get_400(port: int, request_: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(request_)
         data = read_to_end(raw)
@@ -90,7 +90,7 @@ def test_what_is_no_request_to_this_server_gets_one_400(port: int, request_: byt
 
 
 @pytest.mark.light
-def test_under_plain_uvicorn_an_option_helps_and_the_refusal_names_it(tmp_path: Path) -> None:
+def test_plain_uvicorn(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\napp = serving_kit.create_app(lambda texts: texts)\n"
     )
