@@ -43,7 +43,7 @@ async def read_body(
         headers: Of the request.
         receive: Of the request.
         limit: Its bytes at most, whatever the headers say.
-        hold: Is told the size of each chunk.
+        hold: Called with the size of each chunk.
         setting: The name of the limit, for the error's text.
 
     Raises:

@@ -69,7 +69,7 @@ class RouteTable:
         return self._by_route.get((method, path))
 
     def level(self, method: str, path: str) -> Level:
-        """Who may ask this route, also where there is none: only a client that may ask is told so."""
+        """Who may ask this route, also where there is none: a 404 needs the same level as an answer."""
         endpoint = self.find(method, path)
         if endpoint is not None:
             return endpoint.level

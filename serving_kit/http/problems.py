@@ -55,7 +55,7 @@ _MAX_RETRY_S = 30  # clients give up above 120; a queue that long is better poll
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error as a client is told of it, in no shape yet."""
+    """What a client learns of an error, before a dialect gives it a shape."""
 
     status: int
     error_type: str

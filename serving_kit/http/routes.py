@@ -43,7 +43,7 @@ _SCRIPTS = [_NOTEBOOK / name for name in ("charts.js", "panel.js")]  # one modul
 
 
 class _Health(NamedTuple):
-    """What a probe is told."""
+    """The answer to a probe."""
 
     ok: bool
     status: str

@@ -17,7 +17,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 2\r\n"
 
 @pytest.fixture
 def client(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    monkeypatch.setattr(connection, "_HEAD_S", 0.3)
+    monkeypatch.setattr(connection, "_HEAD_TIMEOUT_S", 0.3)
     server = serve(lambda texts: texts)
     with socket.create_connection(("127.0.0.1", server._inline.port), timeout=10) as raw:
         yield raw
@@ -52,7 +52,7 @@ def test_head_in_pieces(client: socket.socket) -> None:
 
 
 def test_half_a_head_during_a_request(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_HEAD_S", 0.1)
+    monkeypatch.setattr(connection, "_HEAD_TIMEOUT_S", 0.1)
     wait = threading.Event()
 
     def slow(texts: list[str]) -> list[str]:
