@@ -73,10 +73,10 @@ def refuse_odd(model: Any) -> None:
             raise serving_kit.InputRejected("odd inputs are not taken")
         return prepare(value, parameters)
 
-    def odd_finish(output: Any, prepared: Any) -> Any:
+    def odd_finish(prepared: Any, output: Any) -> Any:
         if output.startswith("UNFINISHED"):
             raise KeyError(output)
-        return {1, 2} if output.startswith("NO JSON") else finish(output, prepared)
+        return {1, 2} if output.startswith("NO JSON") else finish(prepared, output)
 
     model.prepare, model.finish = odd_prepare, odd_finish
 

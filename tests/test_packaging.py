@@ -12,7 +12,18 @@ import pytest
 import serving_kit
 from tests.support import REPOSITORY
 
-CORE = ["records", "errors", "settings", "cost", "scheduler", "forward", "recovery", "batching", "service"]
+CORE = [
+    "records",
+    "errors",
+    "settings",
+    "model",
+    "scheduling.scheduler",
+    "failures.recovery",
+    "engine",
+    "execution",
+    "batching",
+    "service",
+]
 
 
 def imported_by(statement: str) -> set[str]:

@@ -29,6 +29,8 @@ from serving_kit.http.openapi import Schema, Subject
 from serving_kit.http.strict_json import dump_json, parse_json
 from serving_kit.metrics import HISTORY_S, gauge
 from serving_kit.service import Service
+from serving_kit.stats_json import stats_json
+from serving_kit.status import State
 
 NOT_STARTED = (
     "this app was never started, because its lifespan was not run; an app that it is mounted in has to pass "
@@ -94,9 +96,9 @@ async def info(request: Request) -> Response:
 
 async def stats(request: Request) -> Response:
     """GET /stats: the snapshot that the panel shows; `?series=N` adds the last N seconds."""
-    asked = request.query_params.get("series", "")
+    service, asked = _service(request), request.query_params.get("series", "")
     series = min(int(asked[:4]), HISTORY_S) if asked.isascii() and asked.isdigit() else 0
-    return _json(_service(request).snapshot(series))
+    return _json(stats_json(service.status(), service.statistics(series)))
 
 
 async def metrics(request: Request) -> Response:
@@ -171,9 +173,9 @@ def _started_service(request: Request) -> Service | None:
 
 def _readiness(service: Service | None) -> _Health:
     if service is None:
-        return _Health(False, "stopped", NOT_STARTED)
+        return _Health(False, State.STOPPED, NOT_STARTED)
     state, reason = service.state()
-    return _Health(state == "ready", state, reason)
+    return _Health(state is State.READY, state, reason)
 
 
 def _liveness(service: Service | None) -> _Health:

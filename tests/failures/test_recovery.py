@@ -19,12 +19,12 @@ from serving_kit.errors import (
     Unavailable,
 )
 from serving_kit.execution import Call, Job, Result
-from serving_kit.failures import recovery
 from serving_kit.failures.bisection import Search
 from serving_kit.failures.breaker import Breaker, Gate
-from serving_kit.failures.classify import Fault, WorkerDied, WrongNumberOfOutputs, kind
+from serving_kit.failures.classify import WorkerDied, WrongNumberOfOutputs, kind
 from serving_kit.failures.memory_limit import Ceiling
 from serving_kit.failures.recovery import Canary, Case, Recovery
+from serving_kit.model import FailureKind
 from serving_kit.scheduling.scheduler import Item, Scheduler, State
 from serving_kit.settings import Settings
 
@@ -286,12 +286,10 @@ def test_inputs_that_are_too_large_each_by_itself_are_told_so_and_the_model_is_n
     assert ward.recovery.breaker.failures == 0
 
 
-def test_every_forward_that_lacked_memory_gives_it_back_thoroughly_only_now_and_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_forward_that_lacked_memory_gives_it_back_thoroughly_only_now_and_then() -> None:
     searches: list[bool] = []
-    monkeypatch.setattr(recovery, "make_room", lambda error, *, thorough: searches.append(thorough))
     ward = Ward(any_of({"large"}, MemoryError))
+    ward.recovery.free_memory = lambda error, thorough: searches.append(thorough)
     ward.treat([running(value) for value in ("large", "b", "c", "d")])
     assert searches == [True, False, False], "the batch, its half, the one"
     ward.now += 11
@@ -610,37 +608,42 @@ def raised_from(error: BaseException, cause: BaseException) -> BaseException:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (ValueError("no"), Fault.ERROR),
-        (MemoryError(), Fault.MEMORY),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), Fault.MEMORY),
+        (ValueError("no"), FailureKind.ERROR),
+        (MemoryError(), FailureKind.MEMORY),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), FailureKind.MEMORY),
         (
             RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
                 "you tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"
             ),
-            Fault.MEMORY,
+            FailureKind.MEMORY,
         ),
         (
             RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 42 bytes."),
-            Fault.MEMORY,
+            FailureKind.MEMORY,
         ),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be..."), Fault.MEMORY),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), Fault.MEMORY),
-        (raised_from(ValueError("wrapped"), MemoryError()), Fault.MEMORY),
-        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors..."), Fault.DEVICE),
-        (RuntimeError("CUDA error: an illegal memory access was encountered\n..."), Fault.DEVICE),
-        (RuntimeError("HIP error: unspecified launch failure"), Fault.DEVICE),
-        (RuntimeError("CUDA error: invalid configuration argument"), Fault.ERROR),
-        (WrongNumberOfOutputs("2 inputs, 1 outputs"), Fault.OUTPUTS),
-        (raised_from(WorkerDied("dead"), ValueError()), Fault.CRASH),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be..."), FailureKind.MEMORY),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            FailureKind.MEMORY,
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), FailureKind.MEMORY),
+        (raised_from(ValueError("wrapped"), MemoryError()), FailureKind.MEMORY),
+        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors..."), FailureKind.DEVICE),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\n..."), FailureKind.DEVICE),
+        (RuntimeError("HIP error: unspecified launch failure"), FailureKind.DEVICE),
+        (RuntimeError("CUDA error: invalid configuration argument"), FailureKind.ERROR),
+        (WrongNumberOfOutputs("2 inputs, 1 outputs"), FailureKind.OUTPUTS),
+        (raised_from(WorkerDied("dead"), ValueError()), FailureKind.CRASH),
         # What a client has written proves nothing.
-        (ValueError("CUDA error: device-side assert triggered"), Fault.ERROR),
-        (RuntimeError("cannot read 'CUDA error: device-side assert triggered'"), Fault.ERROR),
-        (RuntimeError("cannot read 'not enough memory'"), Fault.ERROR),
+        (ValueError("CUDA error: device-side assert triggered"), FailureKind.ERROR),
+        (RuntimeError("cannot read 'CUDA error: device-side assert triggered'"), FailureKind.ERROR),
+        (RuntimeError("cannot read 'not enough memory'"), FailureKind.ERROR),
     ],
 )
-def test_failures_are_told_apart_by_what_their_libraries_say(error: BaseException, expected: Fault) -> None:
+def test_failures_are_told_apart_by_what_their_libraries_say(
+    error: BaseException, expected: FailureKind
+) -> None:
     assert kind(error) is expected
 
 
@@ -648,4 +651,4 @@ def test_what_torch_really_says_when_the_memory_is_not_there() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50, dtype=torch.uint8)
-    assert kind(raised.value) is Fault.MEMORY
+    assert kind(raised.value) is FailureKind.MEMORY

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import transformers
 
-from tests.tiny import tiny, tokenizer
+from tests.support_models import tiny, tokenizer
 
 Serve = Callable[..., Any]
 DECLARED = 40
