@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from serving_kit.http.formats import dump_json
+from serving_kit.http.strict_json import dump_json
 from serving_kit.model import Part
 
 WORDS = ["PER", "LOC", "ORG"]

@@ -5,8 +5,9 @@ import logging
 import pytest
 
 from serving_kit.errors import InputRejected, ModelFailed, Overloaded
-from serving_kit.failures.classify import Fault, WorkerDied
-from serving_kit.records import Outcome, RequestRecord
+from serving_kit.failures.classify import WorkerDied
+from serving_kit.model import FailureKind
+from serving_kit.records import FailureRecord, Outcome, RequestRecord
 from serving_kit.telemetry import Telemetry
 
 pytestmark = pytest.mark.light
@@ -52,10 +53,12 @@ def test_failing_observer_is_logged(telemetry: Telemetry, caplog: pytest.LogCapt
 
 def test_model_failure_is_counted_and_kept(telemetry: Telemetry, caplog: pytest.LogCaptureFixture) -> None:
     failed = ModelFailed("the model failed on this request")
-    telemetry.model_failed(failed, LookupError("deep inside"))
-    telemetry.model_failed(InputRejected("no"), LookupError("why"))
+    telemetry.report(FailureRecord(failed, LookupError("deep inside"), FailureKind.ERROR))
+    telemetry.report(FailureRecord(InputRejected("no"), LookupError("why"), FailureKind.ERROR))
     telemetry.request_ended(request(Outcome.FAILED, failed.incident), failed)
-    assert telemetry.metrics.statistics(10.0).faults[Fault.ERROR] == 1, "a rejected input is not a fault"
+    assert telemetry.metrics.statistics(10.0).faults[FailureKind.ERROR] == 1, (
+        "a rejected input is not a fault"
+    )
     rejected, kept = telemetry.incidents.latest()
     assert (kept.id, kept.request_ids) == (failed.incident, ("r1",))
     assert rejected.outcome is Outcome.REJECTED
@@ -65,7 +68,8 @@ def test_model_failure_is_counted_and_kept(telemetry: Telemetry, caplog: pytest.
 
 
 def test_dead_worker_has_a_line_of_its_own(telemetry: Telemetry, caplog: pytest.LogCaptureFixture) -> None:
-    telemetry.model_failed(ModelFailed("failed"), WorkerDied("the model thread has died"))
+    died = WorkerDied("the model thread has died")
+    telemetry.report(FailureRecord(ModelFailed("failed"), died, FailureKind.CRASH))
     assert [each.getMessage().partition(":")[0] for each in caplog.records] == ["the model thread died"]
 
 
