@@ -20,58 +20,24 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from serving_kit import execution, thread_warnings
 from serving_kit.actions import Action, Canary, Exit, Sleep, Step
 from serving_kit.engine import Engine, Output
 from serving_kit.errors import RequestTooLarge, ServingError, Stopping
 from serving_kit.events import Chunk, Failed
-from serving_kit.failures.breaker import Gate
 from serving_kit.items import Item
 from serving_kit.jobs import Job
 from serving_kit.model import Input, Model
 from serving_kit.records import Record
 from serving_kit.settings import Settings
+from serving_kit.status import CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
 _UNWANTED_STEP_S = 1.0  # how long a stop waits for a step whose clients have all left
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
-
-
-class Running(NamedTuple):
-    """A model call that runs. Immutable, so that any thread may read it without the lock."""
-
-    since: float
-    expected_s: float  # 95 of 100 such calls take less; 0: not known
-
-
-class Load(NamedTuple):
-    """How much there is to do."""
-
-    queue_depth: int  # items that wait
-    in_flight: int  # items admitted and not yet ended
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What the core knows at one moment."""
-
-    load: Load
-    settings: Settings
-    draining: bool
-    running: Running | None
-    breaker: Gate
-    unavailable_reason: str  # why nothing can be answered now; empty if something can
-    degraded_reason: str  # why it is not certain that requests can be answered; empty if it is
-    cost_known: bool
-    cost_released_reason: str  # why the learned cost was released; empty if it was not, lately
-    call_s: float  # learned: seconds per step
-    token_s: float  # learned: seconds per padded token
-    max_batch_tokens: int  # in force
-    memory_limit_tokens: int | None  # padded tokens that have turned out not to fit
 
 
 class Handover:
@@ -107,15 +73,17 @@ class Handover:
     def wait(self) -> Action:
         """The next action, as soon as there is one."""
         with self.lock:
-            while True:
-                self.wakeups += 1
-                now = self.clock()
-                action = self.engine.next(now)
-                output = self.engine.take()
-                if not isinstance(action, Sleep) or output.events or output.records:
-                    break
+            action, output, now = self._next()
+            while isinstance(action, Sleep) and not (output.events or output.records):
                 self.lock.wait(None if action.until is None else action.until - now)
-            self._note_running(action, now)
+                action, output, now = self._next()
+        self._deliver(output)
+        return action
+
+    def look(self) -> Action:
+        """The next action; `Sleep` if there is none now."""
+        with self.lock:
+            action, output, _ = self._next()
         self._deliver(output)
         return action
 
@@ -137,11 +105,15 @@ class Handover:
             output = self.engine.take()
         self._deliver(output)
 
-    def _note_running(self, action: Action, now: float) -> None:
+    def _next(self) -> tuple[Action, Output, float]:
+        self.wakeups += 1
+        now = self.clock()
+        action = self.engine.next(now)
         if isinstance(action, Step):
             self.running = Running(now, action.expected_s)
         elif isinstance(action, Canary):
             self.running = Running(now, 0.0)
+        return action, self.engine.take(), now
 
 
 class Worker(Protocol):
@@ -381,14 +353,14 @@ class Batcher:
         with self._handover.lock:
             return Load(self._engine.scheduler.queue_depth, self._engine.scheduler.in_flight)
 
-    def status(self) -> Status:
+    def status(self) -> CoreStatus:
         """What the core knows now."""
         now = self._clock()
         alive = self._worker is not None and self._worker.alive
         with self._handover.lock:
             scheduler, breaker = self._engine.scheduler, self._engine.breaker
             gate, released = breaker.gate(now), scheduler.degraded_reason(now)
-            return Status(
+            return CoreStatus(
                 load=Load(scheduler.queue_depth, scheduler.in_flight),
                 settings=scheduler.settings,
                 draining=scheduler.draining,

@@ -167,9 +167,6 @@ class Engine:
 
     def next(self, now: float) -> Action:
         """What to do at `now`. It is performed before the next call, unless it is `Sleep` or `Exit`."""
-        if self._to_release:
-            released, self._to_release = self._to_release, []
-            return Release(released)
         while isinstance(self._request, Rerun) and not _is_any_wanted(self._request.items, now):
             self._resume(Reply(now, skipped=True), now)
         if self._request is not None:
@@ -184,6 +181,9 @@ class Engine:
         if (batch := decision.batch) is not None:
             expected_s = self.scheduler.cost.high(batch.padded_tokens)
             return Step(batch.items, batch.reason, batch.left_waiting, expected_s)
+        if self._to_release:
+            released, self._to_release = self._to_release, []
+            return Release(released)
         if self._stopping and not self.scheduler.in_flight:
             return Exit()
         return Sleep(decision.wake_at)

@@ -1,40 +1,49 @@
-"""Who is told of the records: any number of observers. On the loop thread."""
+"""Any number of functions that are called with every record of one kind.
+
+    step_observers = Observers(metrics.add_batch, on_failure=log.observer_failed)
+    step_observers.add(my_function)
+    step_observers(record)
+
+What an observer raises is reported and goes no further: a request must not fail because it is observed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from serving_kit.records import Record
-
-Observer = Callable[[Record], None]
+R = TypeVar("R")
 
 
-class Observers:
-    """Calls every observer with every record, in the order in which they were added.
+class Observers(Generic[R]):
+    """Calls the observers in the order in which they were added, on the thread that emits the record.
 
-    One that raises is removed.
+    They must be quick and must not block. `add` and `remove` may be called from any thread. An observer that
+    raises is removed, unless it is one of the first ones: a passing lack of memory must not end the counting.
 
     Args:
-        removed: Called with the exception of an observer that was removed.
+        first: The kit's own.
+        on_failure: Called with what an observer raised.
     """
 
-    def __init__(self, removed: Callable[[Exception], None]) -> None:
-        self._observers: tuple[Observer, ...] = ()
-        self._removed = removed
+    def __init__(self, *first: Callable[[R], None], on_failure: Callable[[Exception], None]) -> None:
+        self._first = first
+        self._all = first  # replaced and never changed, so that it can be read without a lock
+        self._on_failure = on_failure
 
-    def add(self, observer: Observer) -> None:
-        """Call it with every record from now on. Any thread."""
-        self._observers = (*self._observers, observer)
+    def add(self, observer: Callable[[R], None]) -> None:
+        """Call `observer` with every later record."""
+        self._all = (*self._all, observer)
 
-    def remove(self, observer: Observer) -> None:
-        """Call it no more. Any thread."""
-        self._observers = tuple(each for each in self._observers if each != observer)
+    def remove(self, observer: Callable[[R], None]) -> None:
+        """Call `observer` no more; without effect if it was not added, or is one of the first ones."""
+        self._all = tuple(each for each in self._all if each != observer or each in self._first)
 
-    def report(self, record: Record) -> None:
-        """Tell all observers of a record."""
-        for observer in self._observers:
+    def __call__(self, record: R) -> None:
+        """Emit a record."""
+        for observer in self._all:
             try:
                 observer(record)
             except Exception as error:
                 self.remove(observer)
-                self._removed(error)
+                self._on_failure(error)

@@ -31,6 +31,9 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # Enum's own is Python code, and every request is counted four times
 
 
+SERVER_SIDE = frozenset({Outcome.SHED, Outcome.EXPIRED, Outcome.UNAVAILABLE})  # not for the client to change
+
+
 class BatchReason(StrEnum):
     """Why a batch was sent when it was sent."""
 
@@ -55,7 +58,8 @@ class RequestRecord(NamedTuple):
     model_time_s: float | None  # of the item that waited longest, first step to last; None: never started
     request_id: str = ""  # as the HTTP answer carried it; empty for calls from the kernel
     incident: str | None = None  # id of the `Incident` that ended it
-    error: BaseException | None = None  # what its client was told; None: it was answered
+    error: str = ""  # class of the exception that ended it; empty: it was answered
+    reason: str = ""  # the text for its client, of the outcomes in `SERVER_SIDE` only
 
     @property
     def latency(self) -> float:

@@ -18,7 +18,7 @@ from serving_kit.batching import THREAD_NAME, Batcher
 from serving_kit.engine import Engine
 from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk, Done, End, Event, Failed
-from serving_kit.failures.classify import classify
+from serving_kit.failures import classify
 from serving_kit.items import Item, ItemState
 from serving_kit.model import Done as Ended
 from serving_kit.model import FailureKind, Input, Limits, More, Part, Prepared, StepResult, Work
@@ -95,7 +95,7 @@ class Echo:
         self.released[prepared.payload] += 1
 
     def classify(self, error: BaseException) -> FailureKind:
-        return classify(error)
+        return classify.kind(error)
 
     def free_memory(self, error: BaseException, *, thorough: bool) -> None:
         self.freed.append((error, thorough))

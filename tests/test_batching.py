@@ -524,6 +524,9 @@ def test_random_schedule(seed: int) -> None:
         except Overloaded:
             counts["shed"] += 1
             return
+        except DeadlineExceeded:  # on a busy machine, 10 ms are less than any step takes
+            counts["expired"] += 1
+            return
         if dice.random() < 0.1:
             await asyncio.sleep(dice.random() * 0.01)
             bench.batcher.cancel([item])

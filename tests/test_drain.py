@@ -37,7 +37,8 @@ def slow(texts):
         time.sleep(0.01)
     return [text.upper() for text in texts]
 
-serving_kit.cli.load_model = lambda model, **_: loading.load_model(slow)
+load_model = loading.load_model
+loading.load_model = lambda model, **_: load_model(slow)
 sys.exit(serving_kit.cli.main())
 """
 # The command on the demo model, each of whose forwards takes 50 ms longer.
@@ -350,7 +351,8 @@ def work(texts):
         multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
     return texts
 
-serving_kit.cli.load_model = lambda model, **_: loading.load_model(work)
+load_model = loading.load_model
+loading.load_model = lambda model, **_: load_model(work)
 sys.exit(serving_kit.cli.main())
 """
 

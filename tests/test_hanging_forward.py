@@ -55,7 +55,7 @@ def test_a_hanging_forward_makes_the_server_unready_with_the_reason_until_it_end
         until(lambda: client.get("/health").status_code == 503, timeout=20)
         answer = client.get("/health").json()
         assert answer["status"] == "stuck"
-        assert "one forward has been running for" in answer["reason"]
+        assert "one model call has been running for" in answer["reason"]
         assert "serving_kit_ready 0.0" in client.get("/metrics").text
         assert client.get("/live").status_code == 200, "by default a hanging forward restarts nothing"
         gate.open.set()

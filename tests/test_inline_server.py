@@ -142,7 +142,7 @@ def test_an_answer_does_not_wait_for_the_clients_acknowledgement(start: Any) -> 
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.recv(9) == b"HTTP/1.1 "
-        (connection,) = server._server.server_state.connections
+        (connection,) = server._uvicorn.server_state.connections
         accepted = connection.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 

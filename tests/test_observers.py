@@ -1,80 +1,69 @@
-"""Observers of records: any number, in order, and one that raises is removed."""
+"""Any number of observers, of which none can end another or the caller."""
 
-from __future__ import annotations
+import threading
 
 import pytest
 
 from serving_kit.observers import Observers
-from serving_kit.records import BreakerRecord, Record
 
 pytestmark = pytest.mark.light
 
-RECORD = BreakerRecord("open", "the model has failed")
+
+def broken(record: int) -> None:
+    raise LookupError(record)
 
 
-def test_order_of_adding() -> None:
+def test_order_add_and_remove() -> None:
     seen: list[str] = []
-    observers = Observers(lambda error: None)
-    observers.add(lambda record: seen.append("first"))
-    observers.add(lambda record: seen.append("second"))
-    observers.report(RECORD)
-    assert seen == ["first", "second"]
+    observers = Observers[int](lambda record: seen.append(f"first {record}"), on_failure=pytest.fail)
+
+    def second(record: int) -> None:
+        seen.append(f"second {record}")
+
+    observers.add(second)
+    observers(1)
+    observers.remove(second)
+    observers.remove(second)
+    observers(2)
+    assert seen == ["first 1", "second 1", "first 2"]
 
 
-def test_removed() -> None:
-    seen: list[Record] = []
-    observers = Observers(lambda error: None)
-    observers.add(seen.append)
-    observers.report(RECORD)
-    observers.remove(seen.append)
-    observers.report(RECORD)
-    assert seen == [RECORD]
-
-
-def test_removing_an_unknown_one() -> None:
-    Observers(lambda error: None).remove(print)
-
-
-def test_one_that_raises() -> None:
-    """It is removed and named once; the others are told."""
-    error, seen, removed, calls = RuntimeError("a bug"), list[Record](), list[Exception](), list[int]()
-
-    def broken(record: Record) -> None:
-        calls.append(1)
-        raise error
-
-    observers = Observers(removed.append)
+def test_added_observer_that_raises_is_removed() -> None:
+    seen: list[int] = []
+    failures: list[Exception] = []
+    observers = Observers[int](on_failure=failures.append)
     observers.add(broken)
     observers.add(seen.append)
-    observers.report(RECORD)
-    observers.report(RECORD)
-    assert (removed, len(calls)) == ([error], 1)
-    assert seen == [RECORD, RECORD]
+    observers(1)
+    observers(2)
+    assert seen == [1, 2]
+    assert [type(each) for each in failures] == [LookupError]
 
 
-def test_interrupts_pass() -> None:
-    """What is not an Exception ends the thread, as everywhere."""
+def test_first_observer_that_raises_stays() -> None:
+    failures: list[Exception] = []
+    observers = Observers[int](broken, on_failure=failures.append)
+    observers(1)
+    observers(2)
+    assert len(failures) == 2
 
-    def interrupted(record: Record) -> None:
+
+def test_interrupt_passes() -> None:
+    """What is no `Exception`, as KeyboardInterrupt, is not for the observers to keep."""
+
+    def interrupt(record: int) -> None:
         raise KeyboardInterrupt
 
-    observers = Observers(lambda error: None)
-    observers.add(interrupted)
     with pytest.raises(KeyboardInterrupt):
-        observers.report(RECORD)
+        Observers[int](interrupt, on_failure=pytest.fail)(1)
 
 
-def test_changes_during_a_report() -> None:
-    """They count from the next record."""
-    seen: list[Record] = []
-    observers = Observers(lambda error: None)
-
-    def once(record: Record) -> None:
-        observers.remove(once)
-        observers.add(seen.append)
-
-    observers.add(once)
-    observers.report(RECORD)
-    assert seen == []
-    observers.report(RECORD)
-    assert seen == [RECORD]
+def test_add_while_another_thread_emits() -> None:
+    seen: list[int] = []
+    observers = Observers[int](seen.append, on_failure=pytest.fail)
+    emitter = threading.Thread(target=lambda: [observers(number) for number in range(1000)])
+    emitter.start()
+    for _ in range(20):
+        observers.add(lambda record: None)
+    emitter.join()
+    assert seen == list(range(1000))

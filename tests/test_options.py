@@ -79,7 +79,7 @@ def test_serve_in_a_notebook_does_not_read_the_environment(
         ("SERVING_KIT_MAX_BATCH_SIZE", "0", "max_batch_size must be a whole number from 1 to 4,096"),
         ("SERVING_KIT_MAX_WAIT_MS", "soon", "max_wait_ms must be a number"),
         ("SERVING_KIT_GROUP_BY_LENGTH", "maybe", "group_by_length must be true or false"),
-        ("SERVING_KIT_PORT", "99999", "port must be a whole number from 0 to 65,535"),
+        ("SERVING_KIT_PORT", "99999", "port must be a whole number from 0 to 65535"),
         ("SERVING_KIT_DRAIN_S", "-1", "drain_s must be a number from 0"),
         ("SERVING_KIT_THREADS", "0", "threads must be a whole number from 1"),
         ("SERVING_KIT_SETTINGS", "/no/such/file.toml", "/no/such/file.toml: it cannot be read"),
@@ -154,12 +154,13 @@ def test_every_option_of_the_command_can_also_come_from_the_environment_and_a_fi
 COMMAND = """
 import json, sys
 import serving_kit.cli as cli
+import serving_kit.models.loading as loading
 
 def load_model(model, **how):
     print(json.dumps({"model": model, **how}))
     raise cli.StartError("that is all")
 
-cli.load_model = load_model
+loading.load_model = load_model
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -185,6 +186,7 @@ def test_the_command_takes_its_line_before_the_environment_before_the_file(tmp_p
     assert loading == "loading of/line"
     how = json.loads(asked)
     assert how.pop("most_threads") >= 1
-    assert how == {"model": "of/line", "task": "of-environment", "device": "of-file", "threads": 2}
+    asked_for = {"model": "of/line", "task": "of-environment", "device": "of-file", "threads": 2}
+    assert how == {**asked_for, "pipeline_kwargs": {}, "shortcuts": True}
     assert "that is all" in done.stderr
     assert "SERVING_KIT_TSAK is not known and has no effect; did you mean SERVING_KIT_TASK?" in done.stderr

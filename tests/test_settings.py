@@ -1,7 +1,8 @@
-"""Knobs: every one has a range, refuses what is outside, and says so."""
+"""`Settings`: ranges, defaults, changes, schema."""
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving_kit.errors import SettingError
-from serving_kit.settings import KNOBS, Settings
+from serving_kit.settings import KNOBS, Settings, settings_schema
+from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.light
 
@@ -30,13 +32,32 @@ def test_the_defaults_are_those_of_the_design() -> None:
 
 
 @pytest.mark.parametrize("name", KNOBS)
-def test_every_knob_has_a_meaning_and_refuses_nonsense_by_name_value_and_range(name: str) -> None:
+def test_every_knob_refuses_what_is_outside_its_range(name: str) -> None:
+    """The message names the knob, the range and the value."""
     knob = KNOBS[name]
     assert knob.doc
     for bad in ("x", None, [], float("nan"), float("inf"), -1, 10**12, 1.5 if knob.kind is int else "1"):
         with pytest.raises(SettingError) as caught:
             Settings(**{name: bad})
         assert str(caught.value) == f"{name} must be {knob.range}, got {bad!r}"
+
+
+def test_every_knob_is_live_and_has_an_owner() -> None:
+    for name, schema in settings_schema().items():
+        assert schema["x-live"] is True
+        assert schema["x-owner"] in ("http", "engine", "scheduling")
+        assert schema["default"] == getattr(Settings(), name)
+
+
+def test_the_table_in_the_readme() -> None:
+    rows = ["| knob | default | range | meaning |", "|---|---|---|---|"]
+    for name, knob in KNOBS.items():
+        default = json.dumps(knob.default).strip('"')
+        rows.append(f"| `{name}` | {default} | {knob.range} | {knob.doc} |")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- knobs -->\n(.*?)\n<!-- /knobs -->", readme, re.DOTALL)
+    assert table is not None
+    assert table[1] == "\n".join(rows)
 
 
 def test_a_bound_itself_is_inside() -> None:

@@ -58,7 +58,7 @@ _LOST = re.compile(
 )
 
 
-def classify(error: BaseException) -> FailureKind:
+def kind(error: BaseException) -> FailureKind:
     """What `error`, as a model raised it, says about the model's state."""
     for each in _chain(error):
         if isinstance(each, MemoryError) or _is_named(each, "OutOfMemoryError"):

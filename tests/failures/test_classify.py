@@ -15,8 +15,8 @@ from serving_kit.failures.classify import (
     Failure,
     WorkerDied,
     WrongNumberOfOutputs,
-    classify,
     client_error,
+    kind,
 )
 from serving_kit.model import FailureKind
 
@@ -69,14 +69,14 @@ def raised_from(error: BaseException, cause: BaseException) -> BaseException:
     ],
 )
 def test_kinds(error: BaseException, expected: FailureKind) -> None:
-    assert classify(error) is expected
+    assert kind(error) is expected
 
 
 def test_torch_without_the_memory() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50, dtype=torch.uint8)
-    assert classify(raised.value) is FailureKind.MEMORY
+    assert kind(raised.value) is FailureKind.MEMORY
 
 
 def test_exception_whose_text_raises() -> None:
@@ -90,14 +90,14 @@ def test_exception_whose_text_raises() -> None:
         __hash__ = RuntimeError.__hash__
 
     error = raised_from(Odd(), Odd())
-    assert classify(error) is FailureKind.ERROR
+    assert kind(error) is FailureKind.ERROR
     assert client_error(Failure(error, FailureKind.ERROR), alone=True).detail is not None
 
 
 def test_circle_of_causes() -> None:
     first, second = ValueError(), ValueError()
     first.__cause__, second.__cause__ = second, first
-    assert classify(first) is FailureKind.ERROR
+    assert kind(first) is FailureKind.ERROR
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from serving_kit.errors import DeadlineExceeded, InputRejected, ModelFailed, RequestTooLarge, Unavailable
 from serving_kit.events import Done, Failed
 from serving_kit.failures.breaker import Gate
-from serving_kit.failures.classify import Failure, WrongNumberOfOutputs, classify
+from serving_kit.failures.classify import Failure, WrongNumberOfOutputs, kind
 from serving_kit.failures.recovery import (
     Conclusions,
     Expire,
@@ -111,7 +111,7 @@ class Driver:
 
 
 def failure(error: BaseException) -> Failure:
-    return Failure(error, classify(error))
+    return Failure(error, kind(error))
 
 
 def batch(size: int) -> list[Item]:

@@ -1,4 +1,4 @@
-"""Proxies on this machine, and hosted notebooks: which names are taken, and how to ask for the token."""
+"""Proxies on this machine, and hosted notebooks: which names are admitted, and `require_token`."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 import serving_kit
 from serving_kit import SettingError
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, ended, free_port
+from tests.support_http import answers, ended, free_port
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
@@ -31,8 +31,8 @@ def shout(texts: list[str]) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def a_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever hosts these tests says nothing about itself."""
+def no_hosted_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of these tests names no hosted notebook."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
@@ -55,9 +55,7 @@ def asked_by(server: Any, host: str) -> int:
         {"COLAB_RELEASE_TAG": "release"},
     ],
 )
-def test_a_name_that_was_rebound_to_this_machine_is_refused_everywhere(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
-) -> None:
+def test_rebound_name(serve: Serve, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     server = serve(shout)
@@ -90,7 +88,7 @@ def test_a_name_that_was_rebound_to_this_machine_is_refused_everywhere(
         ({"COLAB_RELEASE_TAG": "release"}, "x.colab.example"),
     ],
 )
-def test_a_hosted_notebooks_own_proxy_may_ask(
+def test_proxy_of_a_hosted_notebook(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
 ) -> None:
     for variable, value in environment.items():
@@ -106,7 +104,7 @@ def test_a_hosted_notebooks_own_proxy_may_ask(
         {"CODESPACE_NAME": "fluffy"},
     ],
 )
-def test_where_the_proxys_name_is_known_no_other_is_taken(
+def test_other_names_than_the_proxys(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     for variable, value in environment.items():
@@ -117,11 +115,11 @@ def test_where_the_proxys_name_is_known_no_other_is_taken(
 
 
 @pytest.mark.parametrize("allowed", ["fd00::1", "[fd00::1]", "[FD00::1]:8000"])
-def test_an_allowed_address_may_be_of_ipv6(serve: Serve, allowed: str) -> None:
+def test_allowed_ipv6_address(serve: Serve, allowed: str) -> None:
     assert asked_by(serve(shout, allowed_hosts=[allowed]), "[fd00::1]:8000") == 200
 
 
-def test_a_single_allowed_name_is_a_name_and_not_its_letters(serve: Serve) -> None:
+def test_one_allowed_name(serve: Serve) -> None:
     server = serve(shout, allowed_hosts="Models.example:443", allowed_origins="https://app.example")
     assert asked_by(server, "models.example") == 200
     assert asked_by(server, "m") == 403
@@ -136,7 +134,7 @@ def test_a_single_allowed_name_is_a_name_and_not_its_letters(serve: Serve) -> No
 # -- require_token ---------------------------------------------------------------------------------
 
 
-def check_that_everything_takes(token: str, url: str) -> None:
+def check_every_route_needs(token: str, url: str) -> None:
     # As a proxy on this machine sends it that rewrites Host: nothing tells it from a local client.
     with httpx.Client(base_url=url) as client:
         for method, path in (
@@ -155,9 +153,9 @@ def check_that_everything_takes(token: str, url: str) -> None:
         assert client.get("/stats").status_code == 200, "by its cookie"
 
 
-def test_serve_can_require_the_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_requires_the_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(shout, require_token=True)
-    check_that_everything_takes(server.token, server.url)
+    check_every_route_needs(server.token, server.url)
     assert server("a") == "A", "the owner's cell needs none"
     assert "require_token=True" in server.as_code()
     assert server.token not in capsys.readouterr().out
@@ -165,7 +163,7 @@ def test_serve_can_require_the_token(serve: Serve, capsys: pytest.CaptureFixture
     assert httpx.post(again.url, content="a").json() == "A", "running the cell again without it takes it back"
 
 
-def test_an_app_can_require_the_token(tmp_path: Any) -> None:
+def test_app_requires_the_token(tmp_path: Any) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\n"
         "app = serving_kit.create_app(lambda texts: texts, token='a-token', require_token=True)\n"
@@ -179,12 +177,12 @@ def test_an_app_can_require_the_token(tmp_path: Any) -> None:
         try:
             url = f"http://127.0.0.1:{port}"
             until(lambda: answers(url), timeout=60)
-            check_that_everything_takes("a-token", url)
+            check_every_route_needs("a-token", url)
         finally:
             ended(process)
 
 
-def test_a_token_that_is_required_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_required_token_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SERVING_KIT_TOKEN", raising=False)
     with pytest.raises(SettingError, match="SERVING_KIT_TOKEN"):
         serving_kit.create_app(shout, require_token=True)
@@ -192,7 +190,7 @@ def test_a_token_that_is_required_has_to_be_there(monkeypatch: pytest.MonkeyPatc
         serving_kit.create_app(shout, token="t", public=True, require_token=True)
 
 
-def test_the_command_can_require_the_token() -> None:
+def test_command_requires_the_token() -> None:
     pytest.importorskip("torch")
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--require-token"]
@@ -203,7 +201,7 @@ def test_the_command_can_require_the_token() -> None:
         try:
             url = f"http://127.0.0.1:{port}"
             until(lambda: answers(url), timeout=60)
-            check_that_everything_takes("a-token", url)
+            check_every_route_needs("a-token", url)
         finally:
             _, said = ended(process)
     assert "Traceback" not in said

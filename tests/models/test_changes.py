@@ -9,19 +9,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from serving_kit.errors import StartError
-from tests.models.test_pipeline import assert_same, plain
 from tests.support import until
-from tests.tiny import example, tiny
+from tests.support_models import assert_same, example, fresh, plain
 
 Serve = Callable[..., Any]
 TEXT = example("fill-mask", 9)
-
-
-def fresh(task: str = "fill-mask") -> Any:
-    """A pipeline whose model no other test uses. For fill-mask a shortcut applies, for the others none."""
-    pipe = copy.copy(tiny(task))
-    pipe.model = copy.deepcopy(pipe.model)
-    return pipe
 
 
 def reason(server: Any) -> str:
@@ -87,7 +79,7 @@ def another_buffer(pipe: Any) -> None:
     [another_head, another_weight, a_hook, a_compiled_forward, a_low_rank_adapter, another_buffer],
 )
 def test_a_change_that_does_not_get_through_is_noticed(serve: Serve, change: Callable[[Any], None]) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     server = serve(pipe)
     server(TEXT)
     assert reason(server) == ""
@@ -110,7 +102,7 @@ def test_another_model_or_tokenizer_in_the_pipeline_is_noticed(serve: Serve) -> 
 
 
 def test_without_a_shortcut_the_model_is_the_notebooks_own_and_changes_get_through(serve: Serve) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     server = serve(pipe, shortcuts=False)
     before = plain(server(TEXT))
     another_head(pipe)
@@ -153,7 +145,7 @@ def a_compiled_forward_that_was_there(model: Any) -> Any:
 def test_hooks_and_compiled_forwards_of_before_serve_are_kept(
     serve: Serve, what: Callable[[Any], Any]
 ) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     calls = what(pipe.model)
     server = serve(pipe)
     calls.clear()
@@ -176,7 +168,7 @@ class Switched(torch.nn.Module):
 
 
 def test_switching_an_adapter_of_before_serve_gets_through(serve: Serve) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     pipe.model.cls.predictions.transform.dense = Switched(pipe.model.cls.predictions.transform.dense)
     pipe.model.peft_config = {"default": object()}  # as PEFT and add_adapter() leave it
     server = serve(pipe)
@@ -207,7 +199,7 @@ def test_a_model_in_training_mode_is_served_without_dropout(
 
 
 def test_a_model_in_training_mode_that_cannot_be_copied_is_refused(serve: Serve) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     a_hook(pipe)
     pipe.model.train()
     with pytest.raises(StartError, match=r"training mode.*pipe.model.eval\(\)"):
@@ -215,7 +207,7 @@ def test_a_model_in_training_mode_that_cannot_be_copied_is_refused(serve: Serve)
 
 
 def test_training_mode_after_serve_disturbs_no_copy_and_is_noticed_where_there_is_none(serve: Serve) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     want = plain(pipe(TEXT))
     server = serve(pipe)
     pipe.model.train()
@@ -230,7 +222,7 @@ def test_training_mode_after_serve_disturbs_no_copy_and_is_noticed_where_there_i
 
 
 def test_a_pipeline_that_the_kit_loads_itself_is_in_evaluation_mode(serve: Serve, tmp_path: Any) -> None:
-    pipe = fresh()
+    pipe = fresh("fill-mask")
     pipe.save_pretrained(tmp_path)
     server = serve(tmp_path, task="fill-mask", device="cpu")
     assert server.stats()["notes"] == []

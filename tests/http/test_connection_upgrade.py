@@ -1,21 +1,17 @@
 """Requests that ask for another protocol are answered in HTTP/1.1, with their body."""
 
-import http.client
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, ended, free_port
+from tests.support_http import NOTEBOOK_AND_COMMAND, answers, ended, free_port, read_response, read_to_end
 
-Serve = Callable[..., Any]
 TEXT = b"a [MASK]."
 # As Java 17's HttpClient and curl 7.88 --http2 -d send it.
 JAVA = (
@@ -30,80 +26,47 @@ CURL_HEAD = (
 FORM = b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"
 CURL = CURL_HEAD + b"Content-Length: 9\r\n" + FORM + TEXT
 CHUNKED = CURL_HEAD + b"Transfer-Encoding: chunked\r\n" + FORM + b"4\r\na [M\r\n5\r\nASK].\r\n0\r\n\r\n"
-NOTEBOOK_AND_COMMAND = [pytest.param("notebook", marks=pytest.mark.light), "command"]
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[int]:
-    """The port of `serving-kit serve`."""
-    port = free_port()
-    arguments = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port)]
-    with subprocess.Popen(
-        arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY
-    ) as process:
-        try:
-            until(lambda: answers(f"http://127.0.0.1:{port}"), timeout=60)
-            yield port
-        finally:
-            _, said = ended(process)
-        assert "Traceback" not in said
-
-
-@pytest.fixture
-def port(request: pytest.FixtureRequest, serve: Serve) -> int:
-    if request.param == "command":
-        return request.getfixturevalue("command")  # type: ignore[no-any-return]
-    return int(serve(lambda texts: texts).url.rpartition(":")[2])
-
-
-def answer(raw: socket.socket) -> tuple[int, bytes]:
-    """Status and body of the next answer; an interim one (100 Continue) is passed over."""
-    response = http.client.HTTPResponse(raw, method="POST")
-    response.begin()
-    return response.status, response.read()
 
 
 @pytest.mark.parametrize("port", NOTEBOOK_AND_COMMAND, indirect=True)
 @pytest.mark.parametrize("request_", [JAVA, CURL, CHUNKED], ids=["java", "curl", "chunked"])
-def test_a_request_that_asks_for_http2_is_answered_with_its_body(port: int, request_: bytes) -> None:
+def test_upgrade_to_http2(port: int, request_: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         for _ in range(2):  # the connection goes on
             raw.sendall(request_)
-            status, body = answer(raw)
+            status, body = read_response(raw)
             assert status == 200, body
             assert b"a " in body
 
 
 @pytest.mark.parametrize("port", NOTEBOOK_AND_COMMAND, indirect=True)
-def test_a_body_that_comes_after_its_head_is_not_lost_either(port: int) -> None:
+def test_body_after_the_head(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         for end in (20, len(JAVA) - len(TEXT), len(JAVA) - 2):
             raw.sendall(JAVA[:end])
             with socket.create_connection(("127.0.0.1", port), timeout=20) as other:  # meanwhile
                 other.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                assert answer(other)[0] == 200
+                assert read_response(other)[0] == 200
             raw.sendall(JAVA[end:])
-            assert answer(raw)[0] == 200
+            assert read_response(raw)[0] == 200
 
 
 @pytest.mark.parametrize("port", NOTEBOOK_AND_COMMAND, indirect=True)
-def test_a_client_that_waits_for_100_continue_gets_it(port: int) -> None:
+def test_100_continue(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(CURL_HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n" + FORM)
         assert raw.recv(1000).startswith(b"HTTP/1.1 100 ")
         raw.sendall(TEXT)
-        assert answer(raw)[0] == 200
+        assert read_response(raw)[0] == 200
 
 
 @pytest.mark.parametrize("port", [NOTEBOOK_AND_COMMAND[0]], indirect=True)
-def test_requests_behind_one_that_asks_for_an_upgrade_are_answered_in_turn(port: int) -> None:
+def test_pipelined_requests(port: int) -> None:
     plain = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = JAVA.replace(b"Connection: Upgrade", b"Connection: close, Upgrade")
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(JAVA + plain + CURL + last)
-        data = b""
-        while more := raw.recv(65536):
-            data += more
+        data = read_to_end(raw)
     assert data.count(b"HTTP/1.1 200 ") == 4
     assert data.index(TEXT) < data.index(b'{"status":"live"}') < data.rindex(TEXT)
 
@@ -118,18 +81,16 @@ def test_requests_behind_one_that_asks_for_an_upgrade_are_answered_in_turn(port:
     ],
     ids=["connect", "connect and upgrade", "http2 with prior knowledge"],
 )
-def test_what_is_no_request_to_this_server_gets_one_400(port: int, request_: bytes) -> None:
+def test_connect_and_http2_get_400(port: int, request_: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(request_)
-        data = b""
-        while more := raw.recv(65536):
-            data += more
+        data = read_to_end(raw)
     assert data.startswith(b"HTTP/1.1 400 ")
     assert data.count(b"HTTP/1.1 ") == 1
 
 
 @pytest.mark.light
-def test_under_plain_uvicorn_an_option_helps_and_the_refusal_names_it(tmp_path: Path) -> None:
+def test_plain_uvicorn(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\napp = serving_kit.create_app(lambda texts: texts)\n"
     )
@@ -151,7 +112,7 @@ def test_under_plain_uvicorn_an_option_helps_and_the_refusal_names_it(tmp_path: 
                 assert httpx.post(f"http://127.0.0.1:{port}", content="a").json() == "a"
                 with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
                     raw.sendall(JAVA)
-                    return answer(raw)
+                    return read_response(raw)
             finally:
                 ended(process)
 
