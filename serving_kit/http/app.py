@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,6 +58,7 @@ from serving_kit.http import formats
 from serving_kit.http.access import WHERE_THE_TOKEN_IS, Access, Headers
 from serving_kit.http.openapi import describe
 from serving_kit.metrics import HISTORY_S, gauge
+from serving_kit.notebook import assets
 from serving_kit.service import Service
 
 # Looked up along the class's bases, so that a new kind of error has its parent's status.
@@ -103,10 +103,6 @@ _NOT_STARTED = (
 )
 _LOOK_AFTER_S = 0.02  # a client that leaves within it may be answered in vain
 _PRIVATE = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
-_PAGE = Path(__file__).parent.parent / "notebook" / "panel.html"
-_SCRIPTS = [
-    Path(__file__).parent.parent / "notebook" / name for name in ("charts.js", "panel.js")
-]  # one module
 
 
 def build_app(
@@ -338,13 +334,12 @@ def _asked_timeout(headers: Headers) -> float | None:
 
 async def page(request: Request) -> Response:
     """GET /: the live panel as a page."""
-    return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+    return HTMLResponse(assets.page())
 
 
 async def script(request: Request) -> Response:
     """GET /panel.js: the panel's own code, the same that the notebook runs."""
-    text = "".join(path.read_text(encoding="utf-8") for path in _SCRIPTS)
-    return Response(text, media_type="text/javascript")
+    return Response(assets.script(), media_type="text/javascript")
 
 
 async def health(request: Request) -> Response:

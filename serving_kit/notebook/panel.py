@@ -35,7 +35,7 @@ import orjson
 from serving_kit.errors import SettingError, Unavailable
 from serving_kit.http.openapi import describe_knobs
 from serving_kit.log import ServerLog
-from serving_kit.notebook import process_settings
+from serving_kit.notebook import assets, process_settings
 from serving_kit.notebook.addresses import browser_address
 from serving_kit.notebook.static_html import card
 from serving_kit.records import BatchReason, Incident
@@ -446,13 +446,10 @@ def _classes() -> tuple[Any, Any] | None:
     except ImportError:
         return None
 
-    here = Path(__file__).parent
-    page = (here / "panel.html").read_text(encoding="utf-8")
-
     class _Frames(anywidget.AnyWidget):  # type: ignore[misc]
-        # A str and not a Path: anywidget watches a path, and the watch keeps the widget forever.
-        _esm = "".join((here / name).read_text(encoding="utf-8") for name in ("charts.js", "panel.js"))
-        _css = page.partition('<style id="panel">')[2].partition("</style>")[0]
+        # Text and not a Path: anywidget watches a path for changes, and the watch keeps the widget alive.
+        _esm = assets.script()
+        _css = assets.style()
         frame = traitlets.Bytes().tag(sync=True)
         knobs = traitlets.Dict().tag(sync=True)
         controls = traitlets.Instance(ipywidgets.Widget).tag(sync=True, **ipywidgets.widget_serialization)
