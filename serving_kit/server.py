@@ -176,7 +176,7 @@ class Server:
         """
         snapshot = self._service.snapshot(series)
         if self._replaced:
-            snapshot["reason"] = "replaced by a newer run of serve()"
+            snapshot |= {"state": "replaced", "reason": "replaced by a newer run of serve()"}
         elif self._inline.died:
             snapshot |= {"state": "failed", "reason": "the server's thread has died: run serve() again"}
         elif self._successor_since is not None:
