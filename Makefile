@@ -2,12 +2,14 @@
 #   make demo     the quickstart notebook in a real kernel, its port asked with curl
 #   make test     all tests that this machine can run
 #   make lab      JupyterLab on the notebooks
-#   make lint     formatter, linter, types, layers
+#   make lint     formatters, linters, types, layers; of the panel's JavaScript and CSS, too
 #   make soak     100,000 requests while everything goes wrong: nothing may be lost; up to five minutes
 #   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+FRONTEND := serving_kit/notebook/frontend
+export DENO_NO_UPDATE_CHECK := 1
 
 .PHONY: install demo lab test lint format soak bench clean
 .DEFAULT_GOAL := install
@@ -36,10 +38,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deno fmt --quiet --check
+	$(BIN)/deno lint --quiet
+	$(BIN)/deno check --quiet $(FRONTEND)/*.js
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/deno fmt --quiet
+	$(BIN)/deno lint --quiet --fix
 
 soak: install
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
