@@ -79,7 +79,7 @@ def test_a_failed_request_writes_one_line_with_its_incident_times_and_traceback(
     assert (found["outcome"], found["items"], found["server"]) == ("failed", 1, "default")
     assert 0 <= found["model_ms"] <= found["latency_ms"] < 60_000
     assert found["queue_ms"] >= 0
-    assert found["error"].startswith("LookupError at test_logging.py:")
+    assert found["error"].startswith("LookupError at test_log.py:")
     for word in (
         found["incident"],
         "request_id=mine-1",
