@@ -13,30 +13,11 @@ import pytest
 from serving_kit.cli import main
 from serving_kit.settings import KNOBS
 from tests.support import REPOSITORY, until
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Ask it to go; its exit status and what it said."""
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=20)
-    return process.returncode, said
+from tests.support_http import answers, ended, free_port
 
 
 @pytest.mark.light
-def test_help_explains_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["serve", "--help"])
     assert done.value.code == 0
@@ -57,9 +38,8 @@ def test_help_explains_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
         (["--overload-status", "418"], "503 or 429"),
     ],
 )
-def test_a_bad_knob_is_refused_before_anything_is_loaded(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_knob_value(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, before a model is loaded."""
     with pytest.raises(SystemExit) as done:
         main(["serve", *arguments])
     assert done.value.code == 2
@@ -67,14 +47,14 @@ def test_a_bad_knob_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.light
-def test_a_taken_port_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
     assert f"port {port} is taken by another program" in capsys.readouterr().err
 
 
-def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
+def test_serve_demo_model_until_sigterm() -> None:
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--max-batch-size", "8"]
     environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
@@ -101,7 +81,7 @@ def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
     assert "Traceback" not in said
 
 
-def test_on_the_network_the_command_wants_the_token_that_the_environment_gives_it() -> None:
+def test_network_host_requires_token() -> None:
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--host", "0.0.0.0", "--port", str(port)]
     environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
@@ -121,7 +101,7 @@ def test_on_the_network_the_command_wants_the_token_that_the_environment_gives_i
 
 
 @pytest.mark.light
-def test_an_app_of_four_lines_runs_under_uvicorn(tmp_path: Path) -> None:
+def test_app_under_uvicorn(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\n"
         "def shout(texts):\n    return [text.upper() for text in texts]\n\n"
@@ -145,7 +125,7 @@ def test_an_app_of_four_lines_runs_under_uvicorn(tmp_path: Path) -> None:
 
 
 @pytest.mark.light
-def test_an_app_whose_model_cannot_be_loaded_says_why_and_does_not_start(tmp_path: Path) -> None:
+def test_app_with_unloadable_model(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text("import serving_kit\n\napp = serving_kit.create_app(42)\n")
     done = subprocess.run(
         [sys.executable, "-m", "uvicorn", "server:app", "--port", str(free_port())],
@@ -161,7 +141,7 @@ def test_an_app_whose_model_cannot_be_loaded_says_why_and_does_not_start(tmp_pat
 
 
 @pytest.mark.light
-def test_an_empty_host_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_host(capsys: pytest.CaptureFixture[str]) -> None:
     """To the system it is every network."""
     assert main(["serve", "--host", ""]) == 2
     assert "host must be a name or an address, got ''" in capsys.readouterr().err

@@ -46,9 +46,7 @@ def hang(client: httpx.Client, gate: Gate) -> None:
     assert gate.inside.is_set()
 
 
-def test_a_hanging_forward_makes_the_server_unready_with_the_reason_until_it_ends(
-    serve: Serve, gate: Gate
-) -> None:
+def test_stuck_call_fails_health(serve: Serve, gate: Gate) -> None:
     server = serve(gate, timeout_ms=100)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         hang(client, gate)
@@ -63,7 +61,7 @@ def test_a_hanging_forward_makes_the_server_unready_with_the_reason_until_it_end
         assert "serving_kit_ready 1.0" in client.get("/metrics").text
 
 
-def test_liveness_fails_later_where_that_was_asked_for(serve: Serve, gate: Gate) -> None:
+def test_stuck_call_fails_live(serve: Serve, gate: Gate) -> None:
     server = serve(gate, timeout_ms=100, live_timeout_s=6)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         hang(client, gate)
@@ -76,7 +74,7 @@ def test_liveness_fails_later_where_that_was_asked_for(serve: Serve, gate: Gate)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "soon", True])
-def test_a_time_for_liveness_that_makes_no_sense_is_refused(value: Any) -> None:
+def test_bad_live_timeout(value: Any) -> None:
     with pytest.raises(serving_kit.SettingError, match="live_timeout_s must be a number of seconds above 0"):
         serving_kit.create_app(list, live_timeout_s=value)
 
@@ -132,7 +130,7 @@ def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = 
         (150, 2_000, 20.0, "stuck"),
     ],
 )
-def test_stuck_is_longer_than_twice_the_timeout_and_far_longer_than_expected(
+def test_when_a_call_counts_as_stuck(
     seconds: float, timeout_ms: float, learned_s: float | None, state: str
 ) -> None:
     assert state_after(seconds, timeout_ms=timeout_ms, learned_s=learned_s) == state
@@ -141,7 +139,7 @@ def test_stuck_is_longer_than_twice_the_timeout_and_far_longer_than_expected(
 # -- which limit applied -----------------------------------------------------------------------------
 
 
-def test_a_late_request_is_told_which_limit_it_has_exceeded(serve: Serve, gate: Gate) -> None:
+def test_expired_message_names_limit(serve: Serve, gate: Gate) -> None:
     server = serve(gate, timeout_ms=200)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         gate.open.clear()
@@ -157,7 +155,7 @@ def test_a_late_request_is_told_which_limit_it_has_exceeded(serve: Serve, gate: 
     )
 
 
-def test_a_body_that_does_not_arrive_is_told_the_limit_too(serve: Serve, gate: Gate) -> None:
+def test_slow_body_message_names_limit(serve: Serve, gate: Gate) -> None:
     server = serve(gate)
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as sock:
         sock.sendall(
@@ -171,7 +169,7 @@ def test_a_body_that_does_not_arrive_is_told_the_limit_too(serve: Serve, gate: G
     assert b"the body did not arrive within the client's 50 ms (X-Request-Timeout-Ms)" in answer
 
 
-def test_a_call_from_the_kernel_is_told_the_limit(serve: Serve, gate: Gate) -> None:
+def test_kernel_call_message_names_limit(serve: Serve, gate: Gate) -> None:
     server = serve(gate, timeout_ms=2000)
     gate.open.clear()
     with pytest.raises(serving_kit.DeadlineExceeded, match=r"within 2,000 ms \(timeout_ms\)"):

@@ -127,7 +127,7 @@ def stopwatch(limit: float) -> Iterator[None]:
 # -- start --------------------------------------------------------------------------------------------
 
 
-def test_a_bare_asgi_function_is_served_when_start_returns(start: Any) -> None:
+def test_start_serves_asgi_function(start: Any) -> None:
     server = start(saying("hello"))
     assert server.alive
     assert server.url == f"http://127.0.0.1:{server.port}"
@@ -137,7 +137,8 @@ def test_a_bare_asgi_function_is_served_when_start_returns(start: Any) -> None:
     assert is_free(server.port)
 
 
-def test_an_answer_does_not_wait_for_the_clients_acknowledgement(start: Any) -> None:
+def test_tcp_nodelay(start: Any) -> None:
+    """An answer does not wait for the client's acknowledgement."""
     server = start(saying("hello"))
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -147,7 +148,7 @@ def test_an_answer_does_not_wait_for_the_clients_acknowledgement(start: Any) -> 
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_an_app_may_leave_on_the_lifespan_event_without_a_word(start: Any) -> None:
+def test_app_that_ignores_lifespan(start: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             await saying("still here")(scope, receive, send)
@@ -155,7 +156,7 @@ def test_an_app_may_leave_on_the_lifespan_event_without_a_word(start: Any) -> No
     assert ask(start(app)) == (200, "still here")
 
 
-def test_a_starlette_app_has_started_before_start_returns_and_ended_before_stop_does(start: Any) -> None:
+def test_lifespan_within_start_and_stop(start: Any) -> None:
     story: list[str] = []
     server = start(living("app", story))
     assert story == ["app starts"]
@@ -164,7 +165,7 @@ def test_a_starlette_app_has_started_before_start_returns_and_ended_before_stop_
     assert story == ["app starts", "app ends"]
 
 
-def test_a_lifespan_that_raises_comes_back_as_the_original_exception() -> None:
+def test_lifespan_exception_is_raised() -> None:
     failure = LookupError("no such model")
 
     @contextlib.asynccontextmanager
@@ -181,7 +182,7 @@ def test_a_lifespan_that_raises_comes_back_as_the_original_exception() -> None:
     assert is_free(port)
 
 
-def test_an_app_that_reports_failure_without_raising_gives_a_start_error() -> None:
+def test_lifespan_startup_failed_event() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "no"})
@@ -193,7 +194,7 @@ def test_an_app_that_reports_failure_without_raising_gives_a_start_error() -> No
     assert sock.fileno() == -1
 
 
-def test_system_exit_in_a_lifespan_is_not_swallowed_by_the_thread() -> None:
+def test_system_exit_in_lifespan_is_raised() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise SystemExit(3)
 
@@ -202,7 +203,7 @@ def test_system_exit_in_a_lifespan_is_not_swallowed_by_the_thread() -> None:
     assert not our_threads()
 
 
-def test_interrupting_a_start_that_takes_long_leaves_nothing_behind() -> None:
+def test_interrupt_during_start() -> None:
     cancelled = threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -225,14 +226,14 @@ def test_interrupting_a_start_that_takes_long_leaves_nothing_behind() -> None:
 # -- ports --------------------------------------------------------------------------------------------
 
 
-def test_a_taken_port_is_an_error_that_names_the_port_and_the_remedy() -> None:
+def test_port_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=rf"port {port} is taken.*port=0"):
             bind("127.0.0.1", port)
 
 
-def test_with_tries_the_next_free_port_is_taken() -> None:
+def test_next_free_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with bind("127.0.0.1", port, tries=50) as sock:
@@ -240,12 +241,12 @@ def test_with_tries_the_next_free_port_is_taken() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 10**9, "8000", 8000.5, None])
-def test_a_port_that_cannot_exist_is_refused_with_the_range(port: Any) -> None:
+def test_port_out_of_range(port: Any) -> None:
     with pytest.raises(StartError, match=rf"0 to 65535, got {port!r}"):
         bind("127.0.0.1", port)
 
 
-def test_tries_end_at_the_last_port() -> None:
+def test_no_port_above_65535() -> None:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # ours or somebody else's: taken either way
             stack.enter_context(socket.create_server(("127.0.0.1", 65535)))
@@ -253,12 +254,12 @@ def test_tries_end_at_the_last_port() -> None:
             bind("127.0.0.1", 65535, tries=100)
 
 
-def test_an_address_of_another_machine_is_refused_in_words() -> None:
+def test_address_of_another_machine() -> None:
     with pytest.raises(StartError, match=r"cannot listen on 203\.0\.113\.7:0"):
         bind("203.0.113.7", 0)  # an address reserved for examples
 
 
-def test_an_ipv6_address_gives_a_url_with_brackets() -> None:
+def test_ipv6_url() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -273,7 +274,7 @@ def test_an_ipv6_address_gives_a_url_with_brackets() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_a_server_on_all_addresses_says_one_that_can_be_asked(host: str) -> None:
+def test_url_of_wildcard_address(host: str) -> None:
     try:
         sock = bind(host, 0)
     except StartError:
@@ -286,7 +287,8 @@ def test_a_server_on_all_addresses_says_one_that_can_be_asked(host: str) -> None
 # -- stop ---------------------------------------------------------------------------------------------
 
 
-def test_stopping_twice_and_from_several_threads_is_fine(start: Any) -> None:
+def test_stop_is_idempotent(start: Any) -> None:
+    """From several threads as well."""
     story: list[str] = []
     server = start(living("app", story))
     with ThreadPoolExecutor(4) as pool:
@@ -295,13 +297,13 @@ def test_stopping_twice_and_from_several_threads_is_fine(start: Any) -> None:
     assert story == ["app starts", "app ends"]
 
 
-def test_a_server_that_was_never_started_can_be_stopped() -> None:
+def test_stop_without_start() -> None:
     server = InlineServer(saying("never"), bind("127.0.0.1", 0))
     assert server.stop() is True
     assert is_free(server.port)
 
 
-def test_a_server_cannot_be_stopped_from_its_own_thread(start: Any) -> None:
+def test_stop_on_own_thread(start: Any) -> None:
     server = start(saying("hello"))
 
     async def stop() -> None:
@@ -312,7 +314,7 @@ def test_a_server_cannot_be_stopped_from_its_own_thread(start: Any) -> None:
     assert ask(server) == (200, "hello")
 
 
-def test_an_idle_keep_alive_connection_does_not_hold_up_stop(start: Any) -> None:
+def test_stop_with_idle_connection(start: Any) -> None:
     server = start(saying("hello"))
     with contextlib.closing(Client(server)) as client:
         assert client.ask() == (200, "hello")
@@ -323,7 +325,7 @@ def test_an_idle_keep_alive_connection_does_not_hold_up_stop(start: Any) -> None
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0])
-def test_stop_lets_a_request_under_way_finish(start: Any, seconds: float) -> None:
+def test_stop_finishes_running_request(start: Any, seconds: float) -> None:
     story: list[str] = []
     inside = threading.Event()
 
@@ -343,7 +345,7 @@ def test_stop_lets_a_request_under_way_finish(start: Any, seconds: float) -> Non
     assert story == ["app starts", "answered", "app ends"]
 
 
-def test_stop_gives_up_on_a_request_that_takes_longer_than_the_drain(start: Any) -> None:
+def test_stop_cancels_request_after_drain(start: Any) -> None:
     inside, cancelled = threading.Event(), threading.Event()
 
     async def endless(request: Request) -> PlainTextResponse:
@@ -366,7 +368,7 @@ def test_stop_gives_up_on_a_request_that_takes_longer_than_the_drain(start: Any)
     assert is_free(server.port)
 
 
-def test_stop_returns_in_time_even_if_the_app_will_not_end(start: Any) -> None:
+def test_stop_with_uncancellable_request(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     async def stubborn(request: Request) -> PlainTextResponse:
@@ -389,7 +391,7 @@ def test_stop_returns_in_time_even_if_the_app_will_not_end(start: Any) -> None:
     until(lambda: not server.alive, what="the end of the thread")
 
 
-def test_stop_returns_in_time_and_frees_the_port_even_if_the_app_blocks_the_loop(start: Any) -> None:
+def test_stop_with_blocked_loop(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     async def blocking(request: Request) -> PlainTextResponse:
@@ -413,7 +415,8 @@ def test_stop_returns_in_time_and_frees_the_port_even_if_the_app_blocks_the_loop
     until(lambda: not server.alive, what="the end of the thread")
 
 
-def test_interrupting_stop_ends_the_wait_for_requests_and_not_the_stop(start: Any) -> None:
+def test_interrupt_during_stop(start: Any) -> None:
+    """It ends the wait for requests; the server still stops."""
     inside = threading.Event()
 
     async def endless(request: Request) -> PlainTextResponse:
@@ -438,7 +441,7 @@ def test_interrupting_stop_ends_the_wait_for_requests_and_not_the_stop(start: An
     assert server.stop() is True
 
 
-def test_stop_returns_in_time_while_a_forward_is_stuck_and_the_client_is_told(start: Any) -> None:
+def test_stop_with_stuck_model_call(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     def model(values: list[Any]) -> list[Any]:
@@ -461,7 +464,7 @@ def test_stop_returns_in_time_while_a_forward_is_stuck_and_the_client_is_told(st
     assert is_free(server.port)
 
 
-def test_the_same_port_serves_again_right_after_stop(start: Any) -> None:
+def test_port_reusable_after_stop(start: Any) -> None:
     port = 0
     for round_ in range(5):
         server = start(saying(f"round {round_}"), port)
@@ -475,7 +478,7 @@ def test_the_same_port_serves_again_right_after_stop(start: Any) -> None:
 # -- swap ---------------------------------------------------------------------------------------------
 
 
-def test_a_swap_keeps_the_port_and_open_connections_and_ends_the_old_app(start: Any) -> None:
+def test_swap_keeps_connections(start: Any) -> None:
     story: list[str] = []
     server = start(living("old", story))
     with contextlib.closing(Client(server)) as client:
@@ -485,7 +488,8 @@ def test_a_swap_keeps_the_port_and_open_connections_and_ends_the_old_app(start: 
     assert story == ["old starts", "new starts", "old ends"]
 
 
-def test_twenty_swaps_under_traffic_cost_no_client_an_error(start: Any) -> None:
+def test_swaps_under_traffic(start: Any) -> None:
+    """Twenty swaps; every request is answered."""
     swaps = 20
     server = start(living("0", []))
     done = threading.Event()
@@ -523,7 +527,7 @@ def test_twenty_swaps_under_traffic_cost_no_client_an_error(start: Any) -> None:
         assert names == sorted(names)  # never again an old app once a newer one has answered
 
 
-def test_a_swap_lets_the_old_app_finish_what_it_has_begun(start: Any) -> None:
+def test_swap_finishes_running_request(start: Any) -> None:
     story: list[str] = []
     inside = threading.Event()
 
@@ -541,7 +545,7 @@ def test_a_swap_lets_the_old_app_finish_what_it_has_begun(start: Any) -> None:
     assert story[-1] == "old ends"
 
 
-def test_a_swap_does_not_wait_for_ever_for_the_old_app(start: Any) -> None:
+def test_swap_bounded_by_drain(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     async def stuck(request: Request) -> PlainTextResponse:
@@ -560,7 +564,7 @@ def test_a_swap_does_not_wait_for_ever_for_the_old_app(start: Any) -> None:
         assert answer.result(10) == (200, "late")
 
 
-def test_a_swap_whose_new_app_fails_leaves_the_old_one_answering(start: Any) -> None:
+def test_failed_swap_keeps_old_app(start: Any) -> None:
     story: list[str] = []
     failure = ValueError("broken")
 
@@ -579,7 +583,7 @@ def test_a_swap_whose_new_app_fails_leaves_the_old_one_answering(start: Any) -> 
     assert story == ["old starts"]
 
 
-def test_interrupting_a_swap_while_the_new_app_starts_gives_the_new_one_up(start: Any) -> None:
+def test_interrupt_while_new_app_starts(start: Any) -> None:
     story: list[str] = []
     given_up = threading.Event()
 
@@ -600,7 +604,7 @@ def test_interrupting_a_swap_while_the_new_app_starts_gives_the_new_one_up(start
     assert story == ["old starts"]
 
 
-def test_interrupting_a_swap_while_the_old_app_drains_ends_the_old_one(start: Any) -> None:
+def test_interrupt_while_old_app_drains(start: Any) -> None:
     story: list[str] = []
     inside, released = threading.Event(), threading.Event()
 
@@ -630,7 +634,7 @@ def test_interrupting_a_swap_while_the_old_app_drains_ends_the_old_one(start: An
 # -- run ----------------------------------------------------------------------------------------------
 
 
-def test_run_returns_what_the_coroutine_returns_and_raises_what_it_raises(start: Any) -> None:
+def test_run(start: Any) -> None:
     server = start(saying("hello"))
 
     async def add(a: int, b: int) -> int:
@@ -645,7 +649,7 @@ def test_run_returns_what_the_coroutine_returns_and_raises_what_it_raises(start:
         server.run(fail())
 
 
-def test_run_on_the_servers_own_thread_raises_instead_of_waiting_for_itself(start: Any) -> None:
+def test_run_on_own_thread(start: Any) -> None:
     server = start(saying("hello"))
 
     async def inner() -> None:
@@ -658,14 +662,14 @@ def test_run_on_the_servers_own_thread_raises_instead_of_waiting_for_itself(star
         server.run(outer())
 
 
-def test_run_after_stop_raises(start: Any) -> None:
+def test_run_after_stop(start: Any) -> None:
     server = start(saying("hello"))
     server.stop()
     with pytest.raises(RuntimeError, match="stopped"):
         server.run(asyncio.sleep(0))
 
 
-def test_run_gives_a_coroutine_up_after_its_timeout(start: Any) -> None:
+def test_run_timeout(start: Any) -> None:
     server = start(saying("hello"))
     cancelled = threading.Event()
 
@@ -680,7 +684,7 @@ def test_run_gives_a_coroutine_up_after_its_timeout(start: Any) -> None:
     assert cancelled.wait(5)
 
 
-def test_an_interrupt_during_run_gives_the_coroutine_up_and_leaves_the_server(start: Any) -> None:
+def test_interrupt_during_run(start: Any) -> None:
     server = start(saying("hello"))
     cancelled = threading.Event()
 
@@ -743,7 +747,7 @@ NOISE = """
 
 
 @pytest.mark.parametrize("user", ["basicConfig", "nothing"])
-def test_a_server_thread_writes_nothing_whatever_happens_to_it(user: str) -> None:
+def test_no_output_from_server_thread(user: str) -> None:
     """Also with broken apps, bytes that are no HTTP, forgotten tasks, and logging set to DEBUG."""
     kept = run_script(NOISE, user).stdout
     assert len(kept.splitlines()) == 1, kept  # the one line that the main thread prints
@@ -752,7 +756,7 @@ def test_a_server_thread_writes_nothing_whatever_happens_to_it(user: str) -> Non
     assert "nobody awaits this" in kept
 
 
-def test_nothing_reaches_the_terminal_of_this_process(start: Any, capfd: Any) -> None:
+def test_no_output_with_root_handler(start: Any, capfd: Any) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise LookupError("in the app")
 
@@ -790,7 +794,7 @@ def logging_setup() -> dict[str, Any]:
     return setup
 
 
-def test_the_users_logging_is_as_it_was_after_stop(start: Any, capfd: Any) -> None:
+def test_logging_setup_restored(start: Any, capfd: Any) -> None:
     mine = logging.getLogger("uvicorn.error")  # somebody else's uvicorn may be set up in this process
     handler = logging.StreamHandler(sys.stderr)
     mine.addHandler(handler)
@@ -818,7 +822,7 @@ def test_the_users_logging_is_as_it_was_after_stop(start: Any, capfd: Any) -> No
         mine.propagate = True
 
 
-def test_what_went_wrong_on_the_thread_can_be_read_afterwards(start: Any) -> None:
+def test_errors_of_server_thread_are_kept(start: Any) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise LookupError(f"found by {id(start)}")
 
@@ -827,7 +831,7 @@ def test_what_went_wrong_on_the_thread_can_be_read_afterwards(start: Any) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_does_not_keep_the_port_busy() -> None:
+def test_forked_child_does_not_hold_port() -> None:
     done = run_script(
         """
         import os, socket
@@ -856,9 +860,7 @@ def test_a_forked_child_does_not_keep_the_port_busy() -> None:
 
 
 @pytest.mark.parametrize("connected", [False, True])
-def test_a_script_that_falls_off_its_end_exits_soon_and_its_app_is_shut_down(
-    tmp_path: Path, connected: bool
-) -> None:
+def test_app_shut_down_at_script_end(tmp_path: Path, connected: bool) -> None:
     written = tmp_path / "story"
     with stopwatch(20):
         run_script(
@@ -949,9 +951,7 @@ NESTED = """
         ),
     ],
 )
-def test_serving_works_whatever_loops_there_are_and_have_been_patched(
-    nest: str, uvloop: str, order: str
-) -> None:
+def test_patched_event_loops(nest: str, uvloop: str, order: str) -> None:
     for package in {nest, uvloop.removeprefix("with ")} - {"none", "without uvloop"}:
         pytest.importorskip(package)
     if nest == "nest_asyncio" and sys.version_info >= (3, 14):

@@ -20,7 +20,7 @@ import pytest
 import serving_kit
 from serving_kit.log import MOST_LINES, JsonFormatter, Limiter
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, free_port
+from tests.support_http import answers, free_port
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
@@ -64,9 +64,8 @@ def with_outcome(records: Records, outcome: str) -> Records:
 # -- the lines ---------------------------------------------------------------------------------------
 
 
-def test_a_failed_request_writes_one_line_with_its_incident_times_and_traceback(
-    serve: Serve, records: Records
-) -> None:
+def test_failed_request(serve: Serve, records: Records) -> None:
+    """One line, with incident, times and traceback."""
     server = serve(moody)
     answer = httpx.post(server.url, content="raise", headers={"x-request-id": "mine-1"})
     assert answer.status_code == 500
@@ -93,9 +92,8 @@ def test_a_failed_request_writes_one_line_with_its_incident_times_and_traceback(
     )
 
 
-def test_answers_write_nothing_and_a_clients_mistake_is_information_without_its_text(
-    serve: Serve, records: Records
-) -> None:
+def test_client_errors_at_info(serve: Serve, records: Records) -> None:
+    """Without text of the client. Answered requests are not logged."""
     server = serve(moody)
     assert httpx.post(server.url, content="fine").status_code == 200
     assert records == []
@@ -108,7 +106,7 @@ def test_answers_write_nothing_and_a_clients_mistake_is_information_without_its_
     assert "evil" not in logging.Formatter().format(record)
 
 
-def test_refusals_and_late_requests_are_warnings_with_the_reason(serve: Serve, records: Records) -> None:
+def test_shed_and_expired_at_warning(serve: Serve, records: Records) -> None:
     gate, inside = threading.Event(), threading.Event()
 
     def wait(texts: list[str]) -> list[str]:
@@ -134,9 +132,8 @@ def test_refusals_and_late_requests_are_warnings_with_the_reason(serve: Serve, r
     assert "the queue is full" in fields(shed)["reason"]
 
 
-def test_requests_of_one_failed_batch_have_a_line_each_and_one_traceback(
-    serve: Serve, records: Records
-) -> None:
+def test_failed_batch(serve: Serve, records: Records) -> None:
+    """A line for each request, one traceback for each incident."""
     server = serve(lambda texts: [], max_wait_ms=200)  # the wrong number of outputs: nobody is answered
     clients = [
         threading.Thread(target=httpx.post, args=(server.url,), kwargs={"content": text, "timeout": 30})
@@ -152,9 +149,7 @@ def test_requests_of_one_failed_batch_have_a_line_each_and_one_traceback(
     assert sum("Traceback" in logging.Formatter().format(each) for each in failed) == len(incidents)
 
 
-def test_one_cause_writes_a_bounded_number_of_lines_and_then_how_many_were_left_out(
-    serve: Serve, records: Records
-) -> None:
+def test_lines_of_one_cause_are_bounded(serve: Serve, records: Records) -> None:
     server = serve(moody)
     server("fine")  # so that the breaker stays closed
     for _ in range(4 * MOST_LINES):
@@ -167,7 +162,7 @@ def test_one_cause_writes_a_bounded_number_of_lines_and_then_how_many_were_left_
     assert "LookupError" in fields(summary)["cause"]
 
 
-def test_the_breaker_says_when_it_opens_and_when_it_closes(serve: Serve, records: Records) -> None:
+def test_breaker_opens_and_closes(serve: Serve, records: Records) -> None:
     broken = threading.Event()
     broken.set()
 
@@ -192,9 +187,7 @@ def test_the_breaker_says_when_it_opens_and_when_it_closes(serve: Serve, records
     assert closed.levelname == "INFO"
 
 
-def test_the_death_of_the_model_thread_is_an_error_with_what_it_died_of(
-    serve: Serve, records: Records
-) -> None:
+def test_model_thread_died(serve: Serve, records: Records) -> None:
     server = serve(moody)
     server("a")
     [thread] = [each for each in threading.enumerate() if each.name == "serving-kit-model"]
@@ -211,7 +204,7 @@ def test_the_death_of_the_model_thread_is_an_error_with_what_it_died_of(
     assert until(lambda: server("c")) == "C"
 
 
-def test_settings_that_change_say_by_whom_and_what_they_were(serve: Serve, records: Records) -> None:
+def test_settings_changed(serve: Serve, records: Records) -> None:
     server = serve(moody, max_batch_size=8)
     server.tune(max_batch_size=4)
     token = {"authorization": f"Bearer {server.token}"}
@@ -224,14 +217,15 @@ def test_settings_that_change_say_by_whom_and_what_they_were(serve: Serve, recor
 
 
 @pytest.mark.parametrize("name", ["self", "by"])
-def test_no_name_of_a_setting_reaches_an_argument_of_ours(serve: Serve, name: str) -> None:
+def test_setting_named_like_an_argument(serve: Serve, name: str) -> None:
+    """Names of `tune`'s own arguments are unknown settings."""
     server = serve(moody)
     token = {"authorization": f"Bearer {server.token}"}
     answer = httpx.patch(f"{server.url}/settings", json={name: 1}, headers=token)
     assert (answer.status_code, "there is no setting" in answer.text) == (422, True)
 
 
-def test_a_server_that_takes_the_place_of_another_says_so(serve: Serve, records: Records) -> None:
+def test_server_replaced(serve: Serve, records: Records) -> None:
     first = serve(moody)
     second = serve(moody, port=0)
     assert second.url == first.url
@@ -239,7 +233,9 @@ def test_a_server_that_takes_the_place_of_another_says_so(serve: Serve, records:
     assert (record.levelname, fields(record)["url"]) == ("INFO", second.url)
 
 
-def test_handlers_of_the_root_logger_get_the_lines_and_a_broken_one_fails_no_request(serve: Serve) -> None:
+def test_root_handlers(serve: Serve) -> None:
+    """A handler that raises fails no request."""
+
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             raise OSError("disk full")
@@ -257,9 +253,7 @@ def test_handlers_of_the_root_logger_get_the_lines_and_a_broken_one_fails_no_req
             root.removeHandler(handler)
 
 
-def test_without_any_configuration_a_server_in_a_process_of_its_own_writes_nothing(
-    serve: Serve, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_unconfigured_logging_prints_nothing(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
     server = serve(moody)
     capfd.readouterr()
     assert httpx.post(server.url, content="raise").status_code == 500
@@ -271,7 +265,7 @@ def test_without_any_configuration_a_server_in_a_process_of_its_own_writes_nothi
 # -- the limiter -------------------------------------------------------------------------------------
 
 
-def test_the_limiter_counts_each_cause_for_itself_and_begins_again_after_its_period() -> None:
+def test_limiter_counts_each_cause() -> None:
     limiter = Limiter(most=2, period_s=60)
     assert [limiter.admits(20, "a", now) for now in (0, 1, 2, 3)] == [True, True, False, False]
     assert limiter.admits(20, "b", 3)
@@ -282,7 +276,7 @@ def test_the_limiter_counts_each_cause_for_itself_and_begins_again_after_its_per
     assert limiter.ended(1000) == [], "what was not left out is not reported"
 
 
-def test_the_limiter_is_bounded_also_for_causes_without_end() -> None:
+def test_limiter_bounds_number_of_causes() -> None:
     limiter = Limiter(most=1, period_s=60)
     admitted = sum(limiter.admits(20, f"cause {number}", 0) for number in range(10_000))
     assert admitted < 300
@@ -292,7 +286,7 @@ def test_the_limiter_is_bounded_also_for_causes_without_end() -> None:
 # -- the list of failures ----------------------------------------------------------------------------
 
 
-def test_only_the_owner_lists_failures_over_http(serve: Serve) -> None:
+def test_errors_route_needs_token(serve: Serve) -> None:
     server = serve(moody)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         told = [
@@ -313,7 +307,7 @@ def test_only_the_owner_lists_failures_over_http(serve: Serve) -> None:
     assert described["security"] == [{"token": []}]
 
 
-def test_a_failure_is_kept_with_head_and_tail_only(serve: Serve) -> None:
+def test_long_error_texts_are_shortened(serve: Serve) -> None:
     server = serve(moody, expose_errors=True)
     answer = httpx.post(server.url, content="large")
     assert len(answer.content) < 20_000
@@ -325,7 +319,7 @@ def test_a_failure_is_kept_with_head_and_tail_only(serve: Serve) -> None:
     assert incident.error.startswith("ValueError: begin")
 
 
-def test_a_history_longer_than_what_is_kept_is_answered_with_what_is_kept(serve: Serve) -> None:
+def test_series_bounded_by_history(serve: Serve) -> None:
     server = serve(moody)
     assert len(server.stats(series=1_000_000)["series"]) == 300
     assert "series" not in server.stats(series=-1)
@@ -347,7 +341,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return written
 
 
-def test_under_plain_uvicorn_the_traceback_is_on_stderr(tmp_path: Path) -> None:
+def test_uvicorn_traceback_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\n"
         "def f(texts):\n    raise LookupError('deep inside')\n\n"
@@ -366,7 +360,7 @@ def test_under_plain_uvicorn_the_traceback_is_on_stderr(tmp_path: Path) -> None:
     assert owners.status_code == 403, "without a token nobody is the owner"
 
 
-def test_json_lines_have_the_fields_and_the_traceback_as_one_string() -> None:
+def test_json_formatter() -> None:
     record = logging.makeLogRecord(
         {"name": "serving_kit", "levelname": "ERROR", "msg": "request failed", "incident": "ab", "items": 2}
     )

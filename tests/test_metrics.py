@@ -24,7 +24,7 @@ def batch(finished: float, size: int, reason: BatchReason = BatchReason.IDLE) ->
     values=st.lists(st.floats(1e-6, 1000), min_size=1, max_size=200),
     q=st.sampled_from([0.0, 0.5, 0.95, 0.99]),
 )
-def test_a_quantile_is_within_two_percent_of_the_true_one(values: list[float], q: float) -> None:
+def test_quantile_within_two_percent(values: list[float], q: float) -> None:
     from collections import Counter
 
     counts = Counter(map(bucket, values))
@@ -32,7 +32,7 @@ def test_a_quantile_is_within_two_percent_of_the_true_one(values: list[float], q
     assert quantile(counts, q) == pytest.approx(true, rel=0.021, abs=1e-6)
 
 
-def test_without_samples_there_is_no_quantile() -> None:
+def test_no_quantile_without_samples() -> None:
     metrics = Metrics()
     window = metrics.snapshot(100.0)["window"]
     assert window["latency_ms"] == {"p50": None, "p95": None, "p99": None}
@@ -40,7 +40,7 @@ def test_without_samples_there_is_no_quantile() -> None:
     assert window["padding"] is None
 
 
-def test_the_window_forgets_and_the_totals_do_not() -> None:
+def test_window_and_totals() -> None:
     metrics = Metrics()
     for second in range(100):
         metrics.add_arrival(second, queue_depth=second)
@@ -58,7 +58,7 @@ def test_the_window_forgets_and_the_totals_do_not() -> None:
     assert window["padding"] == pytest.approx(0.2)
 
 
-def test_failures_do_not_pretty_the_latency() -> None:
+def test_latency_counts_answers_only() -> None:
     metrics = Metrics()
     metrics.add_request(request(5.0, latency=1.0))
     for _ in range(50):
@@ -66,7 +66,7 @@ def test_failures_do_not_pretty_the_latency() -> None:
     assert metrics.snapshot(5.5)["window"]["latency_ms"]["p50"] == pytest.approx(1000, rel=0.02)
 
 
-def test_the_series_has_every_second_also_the_silent_ones() -> None:
+def test_series_has_idle_seconds() -> None:
     metrics = Metrics()
     metrics.add_request(request(10.2, outcome=Outcome.EXPIRED))
     metrics.add_batch(batch(13.9, 2))
@@ -77,13 +77,13 @@ def test_the_series_has_every_second_also_the_silent_ones() -> None:
     assert series[3]["queue_depth"] == 5
 
 
-def test_a_silent_second_still_has_the_queue_that_waits_behind_a_long_forward() -> None:
+def test_queue_depth_during_long_call() -> None:
     metrics = Metrics()
     metrics.add_arrival(10.5, queue_depth=7)
     assert [point["queue_depth"] for point in metrics.series(13.0, 5)] == [0, 7, 7, 7, 7]
 
 
-def test_memory_does_not_grow_with_time_or_load() -> None:
+def test_memory_is_bounded() -> None:
     metrics = Metrics()
     dice = random.Random(1)
     for second in range(3 * HISTORY_S):

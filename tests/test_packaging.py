@@ -24,20 +24,21 @@ def imported_by(statement: str) -> set[str]:
 
 
 @pytest.mark.light
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_import_is_light() -> None:
     heavy = {"torch", "transformers", "ipywidgets", "anywidget", "starlette", "uvicorn", "numpy", "IPython"}
     assert not imported_by("import serving_kit") & heavy
 
 
 @pytest.mark.light
 @pytest.mark.parametrize("module", CORE)
-def test_the_core_needs_no_web_server_no_torch_and_no_widgets(module: str) -> None:
+def test_imports_of_core_modules(module: str) -> None:
+    """No web server, no torch, no widgets."""
     loaded = imported_by(f"import serving_kit.{module}")
     assert not loaded & {"starlette", "uvicorn", "torch", "transformers", "ipywidgets", "anywidget"}
 
 
 @pytest.mark.light
-def test_serving_a_function_imports_no_torch_and_no_widgets() -> None:
+def test_imports_of_served_function() -> None:
     script = "import serving_kit; serving_kit.serve(lambda xs: xs, port=0).stop()"
     done = subprocess.run(
         [sys.executable, "-c", f"{script}; import sys; print(*sys.modules)"],
@@ -50,7 +51,7 @@ def test_serving_a_function_imports_no_torch_and_no_widgets() -> None:
 
 
 @pytest.mark.light
-def test_the_public_names_are_these() -> None:
+def test_public_names() -> None:
     assert set(dir(serving_kit)) == set(serving_kit.__all__)
     for name in serving_kit.__all__:
         assert getattr(serving_kit, name) is not None
@@ -58,7 +59,7 @@ def test_the_public_names_are_these() -> None:
         _ = serving_kit.nothing  # type: ignore[attr-defined]
 
 
-def test_the_environment_file_is_a_thin_layer_over_the_project_file() -> None:
+def test_environment_file() -> None:
     import yaml
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -73,7 +74,7 @@ def test_the_environment_file_is_a_thin_layer_over_the_project_file() -> None:
     assert extra[1] in project["optional-dependencies"]
 
 
-def test_the_constraints_keep_to_the_ranges_of_the_project_file() -> None:
+def test_constraints_within_ranges() -> None:
     from packaging.requirements import Requirement
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]

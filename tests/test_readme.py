@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 import serving_kit
 from serving_kit.settings import KNOBS, Settings
 from tests.support import REPOSITORY, until
-from tests.test_cli import free_port
+from tests.support_http import free_port
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -38,13 +38,13 @@ def knob_table() -> str:
     return "\n".join(rows)
 
 
-def test_the_table_of_knobs_is_the_one_in_the_code() -> None:
+def test_knob_table() -> None:
     table = re.search(r"<!-- knobs -->\n(.*?)\n<!-- /knobs -->", README, re.DOTALL)
     assert table is not None
     assert table[1] == knob_table()
 
 
-def test_the_make_targets_exist() -> None:
+def test_make_targets() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = [command.split()[1] for command in commands() if command.startswith("make ")]
     assert targets == ["demo", "test", "lab"]
@@ -52,7 +52,7 @@ def test_the_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-def test_the_python_of_the_notebook_part_and_its_curl_commands_work() -> None:
+def test_notebook_code_and_curl() -> None:
     port = 0
     names: dict[str, object] = {}
     ours = [block for block in blocks("python") if "create_app" not in block]
@@ -72,7 +72,7 @@ def test_the_python_of_the_notebook_part_and_its_curl_commands_work() -> None:
     assert not server.running
 
 
-def test_the_server_of_four_lines_and_the_commands_without_a_notebook(tmp_path: Path) -> None:
+def test_commands_without_notebook(tmp_path: Path) -> None:
     (source,) = (block for block in blocks("python") if "create_app" in block)
     (tmp_path / "server.py").write_text(source)
     bin_ = Path(sys.executable).parent

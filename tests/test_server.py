@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import pytest
 import serving_kit
 from serving_kit import ServingError, StartError, Unavailable
 from tests.support import REPOSITORY, run_script, until
+from tests.support_http import free_port
 
 pytestmark = pytest.mark.light
 
@@ -51,7 +51,7 @@ ASKS: list[Callable[[Any], Any]] = [
 
 
 @pytest.mark.parametrize("ask", ASKS, ids=["call", "predict", "tune"])
-def test_a_stopped_server_raises_unavailable(serve: Any, ask: Callable[[Any], Any]) -> None:
+def test_use_after_stop(serve: Any, ask: Callable[[Any], Any]) -> None:
     server = serve(Model())
     server.stop()
     with pytest.raises(Unavailable, match="the server has stopped") as raised:
@@ -62,9 +62,7 @@ def test_a_stopped_server_raises_unavailable(serve: Any, ask: Callable[[Any], An
 
 
 @pytest.mark.parametrize("ask", ASKS, ids=["call", "predict", "tune"])
-def test_a_replaced_server_raises_unavailable_and_changes_nothing(
-    serve: Any, ask: Callable[[Any], Any]
-) -> None:
+def test_use_after_replacement(serve: Any, ask: Callable[[Any], Any]) -> None:
     old, new = serve(Model("old")), serve(Model("new"))
     with pytest.raises(Unavailable, match="replaced by a newer run"):
         ask(old)
@@ -72,7 +70,7 @@ def test_a_replaced_server_raises_unavailable_and_changes_nothing(
     assert new("hello") == "new"
 
 
-def test_who_waits_for_an_answer_when_the_server_stops_is_told_so(serve: Any) -> None:
+def test_stop_ends_waiting_call(serve: Any) -> None:
     inside, go_on = threading.Event(), threading.Event()
 
     def slow(texts: list[str]) -> list[str]:
@@ -99,19 +97,19 @@ def test_who_waits_for_an_answer_when_the_server_stops_is_told_so(serve: Any) ->
     assert isinstance(error, Unavailable)
 
 
-def test_stop_none_means_the_servers_own_drain_time(serve: Any) -> None:
+def test_stop_none_uses_drain_s(serve: Any) -> None:
     server = serve(Model())
     server.stop(None)
     assert not server.running
 
 
 @pytest.mark.parametrize("host", [None, "", 8000])
-def test_a_host_that_is_none_is_refused_with_what_to_say_instead(host: Any) -> None:
+def test_bad_host(host: Any) -> None:
     with pytest.raises(StartError, match=r'host must be a name or an address.*"0\.0\.0\.0"'):
         serving_kit.serve(Model(), port=0, host=host)
 
 
-def test_as_code_names_every_argument_that_was_given(serve: Any) -> None:
+def test_as_code(serve: Any) -> None:
     server = serve(
         Model(),
         port=0,
@@ -129,7 +127,7 @@ def test_as_code_names_every_argument_that_was_given(serve: Any) -> None:
 # -- a re-run -------------------------------------------------------------------------------------
 
 
-def test_a_rerun_with_another_host_keeps_the_port(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rerun_with_other_host_keeps_port(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     old = serve(Model("old"))
     port = port_of(old)
     capsys.readouterr()
@@ -147,7 +145,8 @@ def test_a_rerun_with_another_host_keeps_the_port(serve: Any, capsys: pytest.Cap
     assert serving_kit.servers() == [back]
 
 
-def test_a_rerun_with_a_host_that_cannot_be_had_leaves_the_old_server(serve: Any) -> None:
+def test_rerun_with_unusable_host(serve: Any) -> None:
+    """The old server stays."""
     old = serve(Model("old"))
     port = port_of(old)
     with pytest.raises(StartError, match="cannot listen"):
@@ -156,9 +155,7 @@ def test_a_rerun_with_a_host_that_cannot_be_had_leaves_the_old_server(serve: Any
     assert serving_kit.servers() == [old]
 
 
-def test_a_port_that_another_server_of_ours_has_is_said_to_be_its(
-    serve: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_port_of_other_server(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     first = serve(Model(), name="first")
     capsys.readouterr()
     serve(Model(), name="second", port=port_of(first))
@@ -180,9 +177,7 @@ class Watching(Model):
 
 
 @pytest.mark.parametrize("stop_first", [False, True])
-def test_stop_first_lets_go_of_the_old_model_before_the_new_one_is_loaded(
-    serve: Any, stop_first: bool
-) -> None:
+def test_stop_first_frees_old_model(serve: Any, stop_first: bool) -> None:
     model = Model("old")
     old = serve(model)
     port = port_of(old)
@@ -196,7 +191,7 @@ def test_stop_first_lets_go_of_the_old_model_before_the_new_one_is_loaded(
     assert serving_kit.servers() == [new]
 
 
-def test_stop_first_leaves_no_server_if_the_new_model_cannot_be_loaded(serve: Any) -> None:
+def test_stop_first_with_unloadable_model(serve: Any) -> None:
     old = serve(Model("old"))
     with pytest.raises(StartError):
         serve(42, stop_first=True)
@@ -218,7 +213,7 @@ class SlowToLoad(Model):
         raise AttributeError(name)
 
 
-def test_stopping_one_server_does_not_wait_for_another_to_load(serve: Any) -> None:
+def test_stop_during_other_load(serve: Any) -> None:
     server = serve(Model(), name="running")
     model = SlowToLoad()
     loads = threading.Thread(target=lambda: serve(model, name="loading"))
@@ -260,7 +255,7 @@ client.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-def test_a_forked_child_does_not_keep_a_clients_connection_open() -> None:
+def test_forked_child_holds_no_connection() -> None:
     assert run_script(FORK, timeout=60).stdout.splitlines()[-1] == "closed"
 
 
@@ -298,9 +293,7 @@ def script() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_script_that_waits_finishes_its_work_when_it_is_asked_to_stop(
-    script: subprocess.Popen[str], number: signal.Signals
-) -> None:
+def test_wait_drains_on_signal(script: subprocess.Popen[str], number: signal.Signals) -> None:
     assert script.stdin is not None
     assert script.stdout is not None
     assert "a script must call server.wait()" in script.stdout.readline()
@@ -320,7 +313,7 @@ def test_a_script_that_waits_finishes_its_work_when_it_is_asked_to_stop(
     assert script.returncode == 0
 
 
-def test_an_interactive_interpreter_is_not_told_to_wait() -> None:
+def test_no_wait_hint_in_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-i", "-c", "import serving_kit"],
         input="serving_kit.serve(lambda texts: texts, port=0).stop()\n",
@@ -345,25 +338,25 @@ def two_arguments(texts: list[str], mark: str) -> list[str]:
     ("function", "names"),
     [(two_arguments, "two_arguments"), (lambda: [1], "<lambda>"), (lambda *, texts: texts, "<lambda>")],
 )
-def test_a_function_that_cannot_be_called_with_one_list_is_refused(function: Any, names: str) -> None:
+def test_function_signature_refused(function: Any, names: str) -> None:
     with pytest.raises(serving_kit.StartError, match=f"{names} cannot be called with one list"):
         serving_kit.serve(function, port=0)
 
 
 @pytest.mark.parametrize("function", [str.split, sorted, list, functools.partial(two_arguments, mark="!")])
-def test_what_can_be_called_with_one_list_is_not(serve: Any, function: Any) -> None:
+def test_function_signature_accepted(serve: Any, function: Any) -> None:
     assert serve(function).running
 
 
 @pytest.mark.parametrize(
     ("typo", "meant"), [("devce", "device"), ("prot", "port"), ("max_batch_siz", "max_")]
 )
-def test_a_typo_is_told_the_nearest_argument(typo: str, meant: str) -> None:
+def test_misspelt_argument(typo: str, meant: str) -> None:
     with pytest.raises(serving_kit.SettingError, match=f"did you mean {meant}"):
         serving_kit.serve(two_arguments, **{typo: 1})
 
 
-def test_a_required_token_is_said_where_it_is(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_required_token_message(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(sorted, require_token=True)
     assert "every request needs server.token" in capsys.readouterr().out
     refused = httpx.post(server.url, content="x")
@@ -389,14 +382,8 @@ class Gate:
         return texts
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def test_a_re_run_on_another_port_drains_the_old_server(serve: Any) -> None:
-    """What it has admitted is answered, and what comes meanwhile is refused, or it would never end."""
+def test_rerun_on_other_port_drains_old(serve: Any) -> None:
+    """Admitted requests are answered; new ones are rejected, or the drain would not end."""
     gate = Gate()
     old = serve(gate, drain_s=30, max_batch_size=1)
     with ThreadPoolExecutor(3) as pool:
@@ -412,9 +399,8 @@ def test_a_re_run_on_another_port_drains_the_old_server(serve: Any) -> None:
     assert new("x") == "new"
 
 
-def test_interrupting_the_drain_of_a_re_run_on_another_port_leaves_the_new_server(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_during_drain_of_old(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new server stays."""
     old = serve(Model("old"))
     stop, port = old._inline.stop, free_port()
 
@@ -434,7 +420,7 @@ def test_interrupting_the_drain_of_a_re_run_on_another_port_leaves_the_new_serve
         new.stop()
 
 
-def test_calls_of_the_kernel_get_the_drain_time_of_the_server(serve: Any) -> None:
+def test_drain_s_covers_kernel_calls(serve: Any) -> None:
     gate = Gate()
     server = serve(gate, drain_s=30)
     with ThreadPoolExecutor(2) as pool:

@@ -20,7 +20,7 @@ def shout(texts: list[str]) -> list[str]:
     return [text.upper() for text in texts]
 
 
-def test_metrics_describe_build_model_process_and_readiness(serve: Serve) -> None:
+def test_metrics_route(serve: Serve) -> None:
     server = serve(shout, name="loud")
     text = httpx.get(f"{server.url}/metrics").text
     for line in (
@@ -42,7 +42,7 @@ def test_metrics_describe_build_model_process_and_readiness(serve: Serve) -> Non
     assert openmetrics.text.endswith("# EOF\n")
 
 
-def test_a_refusal_by_the_breaker_is_not_counted_as_load(serve: Serve) -> None:
+def test_breaker_rejections_are_not_shed(serve: Serve) -> None:
     def broken(texts: list[str]) -> list[str]:
         raise LookupError
 
@@ -58,7 +58,7 @@ def test_a_refusal_by_the_breaker_is_not_counted_as_load(serve: Serve) -> None:
     assert sum(point["other"] for point in stats["series"]) == 0
 
 
-def test_everything_can_be_read_while_knobs_move_and_requests_run_and_fail(serve: Serve) -> None:
+def test_reads_during_changes(serve: Serve) -> None:
     def moody(texts: list[str]) -> list[str]:
         if "raise" in texts:
             raise LookupError

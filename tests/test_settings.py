@@ -14,7 +14,7 @@ from serving_kit.settings import KNOBS, Settings
 pytestmark = pytest.mark.light
 
 
-def test_the_defaults_are_those_of_the_design() -> None:
+def test_defaults() -> None:
     assert Settings().to_dict() == {
         "max_batch_size": 32,
         "max_wait_ms": 0.0,
@@ -30,7 +30,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
 
 
 @pytest.mark.parametrize("name", KNOBS)
-def test_every_knob_has_a_meaning_and_refuses_nonsense_by_name_value_and_range(name: str) -> None:
+def test_bad_value(name: str) -> None:
     knob = KNOBS[name]
     assert knob.doc
     for bad in ("x", None, [], float("nan"), float("inf"), -1, 10**12, 1.5 if knob.kind is int else "1"):
@@ -39,14 +39,14 @@ def test_every_knob_has_a_meaning_and_refuses_nonsense_by_name_value_and_range(n
         assert str(caught.value) == f"{name} must be {knob.range}, got {bad!r}"
 
 
-def test_a_bound_itself_is_inside() -> None:
+def test_bounds_are_inclusive() -> None:
     for name, knob in KNOBS.items():
         for value in (knob.low, knob.high, *knob.choices):
             if value is not None:
                 assert getattr(Settings(**{name: value}), name) == value
 
 
-def test_numbers_get_their_knobs_type() -> None:
+def test_numbers_are_converted() -> None:
     settings = Settings(max_batch_size=8.0, max_wait_ms=5)
     assert isinstance(settings.max_batch_size, int)
     assert isinstance(settings.max_wait_ms, float)
@@ -55,7 +55,7 @@ def test_numbers_get_their_knobs_type() -> None:
         Settings(max_batch_size=True)
 
 
-def test_a_change_is_a_new_object_and_a_bad_one_changes_nothing() -> None:
+def test_replace() -> None:
     old = Settings()
     assert old.replace(max_batch_size=1).max_batch_size == 1
     assert old == Settings()
@@ -79,6 +79,6 @@ _values: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(values=st.fixed_dictionaries({}, optional=_values))
-def test_settings_survive_json(values: dict[str, Any]) -> None:
+def test_json_round_trip(values: dict[str, Any]) -> None:
     settings = Settings(**values)
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
