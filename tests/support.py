@@ -37,7 +37,10 @@ def our_threads() -> set[threading.Thread]:
 
 
 def interrupt_the_main_thread(during: str) -> None:
-    """What ■ does, once the main thread waits inside the function `during`. For other threads."""
+    """Send SIGINT, as interrupting a cell does, once the main thread waits inside the function `during`.
+
+    For other threads.
+    """
 
     def waits() -> bool:
         frame = sys._current_frames()[threading.main_thread().ident or 0]
@@ -46,7 +49,8 @@ def interrupt_the_main_thread(during: str) -> None:
         )
 
     until(waits, what=f"waiting in {during}()")
-    # From that line of Python to its system call; a signal in between would be seen only after it.
+    # The main thread may not have reached its system call yet. A signal before that would be handled only
+    # after the call.
     time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -54,7 +58,7 @@ def interrupt_the_main_thread(during: str) -> None:
 def run_script(
     script: str, *arguments: str, timeout: float = 30.0, warnings: str = "default"
 ) -> subprocess.CompletedProcess[str]:
-    """Run `script` in a Python of its own; fail unless it ends well and stderr stays empty."""
+    """Run `script` in a Python of its own; fail unless it exits with 0 and stderr stays empty."""
     done = subprocess.run(
         [sys.executable, "-W", warnings, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The same engine without a notebook: the command, and the app under plain uvicorn."""
+"""`serving-kit serve`, and `create_app()` under plain uvicorn."""
 
 import os
 import signal
@@ -74,7 +74,9 @@ def test_serve_demo_model_until_sigterm() -> None:
             process.send_signal(signal.SIGTERM)
             until(lambda: not answers(url))
             slow.sendall(b"]")
-            assert slow.recv(1000).startswith(b"HTTP/1.1 503"), "what comes after the signal is refused"
+            assert slow.recv(1000).startswith(b"HTTP/1.1 503"), (
+                "a body that ends after the signal is rejected"
+            )
         status, said = ended(process)
     assert status in (0, -signal.SIGTERM)
     assert f"serving serving-kit-demo (fill-mask, cpu) at {url}" in said
@@ -96,7 +98,7 @@ def test_network_host_requires_token() -> None:
         status, said = ended(process)
     assert status in (0, -signal.SIGTERM)
     assert "everything needs the token: the one in SERVING_KIT_TOKEN" in said
-    assert "a-token" not in said, "a token that an operator has set is not for the log"
+    assert "a-token" not in said, "a token from the environment is not printed"
     assert "Traceback" not in said
 
 
@@ -118,7 +120,7 @@ def test_app_under_uvicorn(tmp_path: Path) -> None:
         assert httpx.post(url, content="hello").json() == "HELLO"
         assert httpx.get(f"{url}/settings").json()["max_batch_size"] == 16
         refused = httpx.patch(f"{url}/settings", json={"max_wait_ms": 1})
-        assert refused.status_code == 403, "without a token nobody may turn knobs"
+        assert refused.status_code == 403, "without a token no knob can be changed"
         status, said = ended(process)
     assert status in (0, -signal.SIGTERM)
     assert "Application shutdown complete" in said
@@ -142,6 +144,6 @@ def test_app_with_unloadable_model(tmp_path: Path) -> None:
 
 @pytest.mark.light
 def test_empty_host(capsys: pytest.CaptureFixture[str]) -> None:
-    """To the system it is every network."""
+    """The system takes it for all addresses."""
     assert main(["serve", "--host", ""]) == 2
     assert "host must be a name or an address, got ''" in capsys.readouterr().err

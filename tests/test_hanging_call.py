@@ -1,4 +1,4 @@
-"""A forward that hangs: what the probes say, and which limit a late request is told."""
+"""A model call that hangs: `/health`, `/live`, and the limit that an expired request is told."""
 
 import asyncio
 import socket
@@ -20,7 +20,7 @@ Serve = Callable[..., Any]
 
 
 class Gate:
-    """A function that waits while the gate is shut."""
+    """A function that waits while `open` is not set."""
 
     def __init__(self) -> None:
         self.open, self.inside = threading.Event(), threading.Event()
@@ -40,7 +40,7 @@ def gate() -> Iterator[Gate]:
 
 
 def hang(client: httpx.Client, gate: Gate) -> None:
-    """Leave the model inside a forward, by a request that has ended."""
+    """Leave the model inside a call, by a request that has expired."""
     gate.open.clear()
     assert client.post("/", content="x").status_code == 504
     assert gate.inside.is_set()
@@ -55,7 +55,7 @@ def test_stuck_call_fails_health(serve: Serve, gate: Gate) -> None:
         assert answer["status"] == "stuck"
         assert "one forward has been running for" in answer["reason"]
         assert "serving_kit_ready 0.0" in client.get("/metrics").text
-        assert client.get("/live").status_code == 200, "by default a hanging forward restarts nothing"
+        assert client.get("/live").status_code == 200, "by default a hanging call restarts nothing"
         gate.open.set()
         until(lambda: client.get("/health").status_code == 200)
         assert "serving_kit_ready 1.0" in client.get("/metrics").text
@@ -80,9 +80,9 @@ def test_bad_live_timeout(value: Any) -> None:
 
 
 def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = None) -> str:
-    """The state of a service whose forward has run for so long, on a clock of its own.
+    """The state of a service whose model call has run for so long, on a clock of its own.
 
-    `learned_s`: what such forwards have taken before; None: there were none.
+    `learned_s`: what such calls have taken before; None: there were none.
     """
     now = 0.0
     inside, go_on = threading.Event(), threading.Event()
@@ -121,7 +121,7 @@ def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = 
 @pytest.mark.parametrize(
     ("seconds", "timeout_ms", "learned_s", "state"),
     [
-        (4, 100, None, "ready"),  # a pause of the machine
+        (4, 100, None, "ready"),  # too short: may be a pause of the machine
         (6, 100, None, "stuck"),
         (6, 2_000, None, "stuck"),
         (25, 60_000, None, "ready"),  # a long generation within its timeout

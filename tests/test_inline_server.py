@@ -1,4 +1,4 @@
-"""The server thread: start, swap, run, stop; silent, bounded, and nothing left behind."""
+"""`InlineServer`: start, stop, swap, run; bounded, without output, and without leftovers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.light
 # -- apps and clients ---------------------------------------------------------------------------------
 
 
-def saying(text: str) -> Any:
-    """A bare ASGI function that knows nothing of lifespans."""
+def text_app(text: str) -> Any:
+    """An ASGI function without lifespan support that answers with `text`."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
@@ -52,14 +52,14 @@ def saying(text: str) -> Any:
     return app
 
 
-def living(name: str, story: list[str], **routes: Callable[..., Any]) -> Starlette:
-    """A Starlette app that writes the events of its life into `story`."""
+def named_app(name: str, events: list[str], **routes: Callable[..., Any]) -> Starlette:
+    """A Starlette app that answers with `name` and adds its start and end to `events`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> Any:
-        story.append(f"{name} starts")
+        events.append(f"{name} starts")
         yield {"name": name}
-        story.append(f"{name} ends")
+        events.append(f"{name} ends")
 
     async def index(request: Request) -> PlainTextResponse:
         return PlainTextResponse(request.state.name)
@@ -85,7 +85,7 @@ def start() -> Iterator[Callable[..., InlineServer]]:
 
 
 class Client(http.client.HTTPConnection):
-    """One keep-alive connection that is never silently opened a second time."""
+    """One keep-alive connection that does not reconnect by itself."""
 
     def __init__(self, server: InlineServer, timeout: float = 15) -> None:
         super().__init__(server.host, server.port, timeout=timeout)
@@ -99,13 +99,13 @@ class Client(http.client.HTTPConnection):
 
 
 def ask(server: InlineServer, path: str = "/", body: str | None = None) -> tuple[int, str]:
-    """One question on a connection of its own."""
+    """One request on a connection of its own."""
     with contextlib.closing(Client(server)) as client:
         return client.ask(path, body)
 
 
 def is_free(port: int) -> bool:
-    """Whether somebody could listen on that port now."""
+    """Whether that port can be listened on now."""
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
@@ -117,7 +117,7 @@ def is_free(port: int) -> bool:
 
 @contextlib.contextmanager
 def stopwatch(limit: float) -> Iterator[None]:
-    """Fail if the block takes longer; limits are far above what it takes."""
+    """Fail if the block takes longer than `limit` seconds, which is far above what it takes."""
     began = time.monotonic()
     yield
     took = time.monotonic() - began
@@ -128,7 +128,7 @@ def stopwatch(limit: float) -> Iterator[None]:
 
 
 def test_start_serves_asgi_function(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
     assert server.alive
     assert server.url == f"http://127.0.0.1:{server.port}"
     assert ask(server) == (200, "hello")
@@ -139,30 +139,33 @@ def test_start_serves_asgi_function(start: Any) -> None:
 
 def test_tcp_nodelay(start: Any) -> None:
     """An answer does not wait for the client's acknowledgement."""
-    server = start(saying("hello"))
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert client.recv(9) == b"HTTP/1.1 "
-        (connection,) = server._server.server_state.connections
-        accepted = connection.transport.get_extra_info("socket")
-        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    options: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":  # uvicorn's `send` is a method of an object that has the transport
+            accepted = send.__self__.transport.get_extra_info("socket")
+            options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            await text_app("hello")(scope, receive, send)
+
+    assert ask(start(app)) == (200, "hello")
+    assert options[0] != 0
 
 
 def test_app_that_ignores_lifespan(start: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            await saying("still here")(scope, receive, send)
+            await text_app("still here")(scope, receive, send)
 
     assert ask(start(app)) == (200, "still here")
 
 
 def test_lifespan_within_start_and_stop(start: Any) -> None:
-    story: list[str] = []
-    server = start(living("app", story))
-    assert story == ["app starts"]
+    events: list[str] = []
+    server = start(named_app("app", events))
+    assert events == ["app starts"]
     assert ask(server) == (200, "app")  # what the lifespan yields reaches the requests
     server.stop()
-    assert story == ["app starts", "app ends"]
+    assert events == ["app starts", "app ends"]
 
 
 def test_lifespan_exception_is_raised() -> None:
@@ -248,7 +251,7 @@ def test_port_out_of_range(port: Any) -> None:
 
 def test_no_port_above_65535() -> None:
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # ours or somebody else's: taken either way
+        with contextlib.suppress(OSError):  # in use already: taken either way
             stack.enter_context(socket.create_server(("127.0.0.1", 65535)))
         with pytest.raises(StartError, match="65535 is taken"):
             bind("127.0.0.1", 65535, tries=100)
@@ -264,7 +267,7 @@ def test_ipv6_url() -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 here")
-    server = InlineServer(saying("six"), bind("::1", 0))
+    server = InlineServer(text_app("six"), bind("::1", 0))
     server.start()
     try:
         assert server.url == f"http://[::1]:{server.port}"
@@ -280,7 +283,7 @@ def test_url_of_wildcard_address(host: str) -> None:
     except StartError:
         pytest.skip(f"cannot listen on {host} here")
     with sock:
-        server = InlineServer(saying("never started"), sock)
+        server = InlineServer(text_app("never started"), sock)
         assert server.url.rpartition(":")[0] in ("http://127.0.0.1", "http://[::1]")
 
 
@@ -289,22 +292,22 @@ def test_url_of_wildcard_address(host: str) -> None:
 
 def test_stop_is_idempotent(start: Any) -> None:
     """From several threads as well."""
-    story: list[str] = []
-    server = start(living("app", story))
+    events: list[str] = []
+    server = start(named_app("app", events))
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: server.stop(), range(4))) == [True] * 4
     assert server.stop() is True
-    assert story == ["app starts", "app ends"]
+    assert events == ["app starts", "app ends"]
 
 
 def test_stop_without_start() -> None:
-    server = InlineServer(saying("never"), bind("127.0.0.1", 0))
+    server = InlineServer(text_app("never"), bind("127.0.0.1", 0))
     assert server.stop() is True
     assert is_free(server.port)
 
 
 def test_stop_on_own_thread(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
 
     async def stop() -> None:
         server.stop()
@@ -315,7 +318,7 @@ def test_stop_on_own_thread(start: Any) -> None:
 
 
 def test_stop_with_idle_connection(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
     with contextlib.closing(Client(server)) as client:
         assert client.ask() == (200, "hello")
         with stopwatch(2.5):
@@ -326,23 +329,23 @@ def test_stop_with_idle_connection(start: Any) -> None:
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0])
 def test_stop_finishes_running_request(start: Any, seconds: float) -> None:
-    story: list[str] = []
+    events: list[str] = []
     inside = threading.Event()
 
     async def slow(request: Request) -> PlainTextResponse:
         inside.set()
         await asyncio.sleep(seconds)
-        story.append("answered")
-        return PlainTextResponse("worth the wait")
+        events.append("answered")
+        return PlainTextResponse("slow answer")
 
-    server = start(living("app", story, slow=slow))
+    server = start(named_app("app", events, slow=slow))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
         assert server.stop(drain_s=20) is True
-        assert answer.result(10) == (200, "worth the wait")
-    # What the app closes in the end, a request may still need.
-    assert story == ["app starts", "answered", "app ends"]
+        assert answer.result(10) == (200, "slow answer")
+    # A request may need what the app closes when it ends.
+    assert events == ["app starts", "answered", "app ends"]
 
 
 def test_stop_cancels_request_after_drain(start: Any) -> None:
@@ -356,7 +359,7 @@ def test_stop_cancels_request_after_drain(start: Any) -> None:
             cancelled.set()
         return PlainTextResponse("never")
 
-    server = start(living("app", [], endless=endless))
+    server = start(named_app("app", [], endless=endless))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/endless")
         assert inside.wait(10)
@@ -376,14 +379,14 @@ def test_stop_with_uncancellable_request(start: Any) -> None:
         while not released.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.02)
-        return PlainTextResponse("at last")
+        return PlainTextResponse("released")
 
-    server = start(living("app", [], stubborn=stubborn))
+    server = start(named_app("app", [], stubborn=stubborn))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/stubborn")
         assert inside.wait(10)
         with stopwatch(15):
-            assert server.stop(drain_s=0.2) is False  # left behind, and it says so
+            assert server.stop(drain_s=0.2) is False  # the thread goes on, and the result says so
         assert is_free(server.port)
         released.set()
         with contextlib.suppress(http.client.HTTPException, ConnectionError):
@@ -397,9 +400,9 @@ def test_stop_with_blocked_loop(start: Any) -> None:
     async def blocking(request: Request) -> PlainTextResponse:
         inside.set()
         released.wait(30)
-        return PlainTextResponse("at last")
+        return PlainTextResponse("released")
 
-    server = start(living("app", [], blocking=blocking))
+    server = start(named_app("app", [], blocking=blocking))
     with socket.create_connection((server.host, server.port), timeout=10) as client:
         client.sendall(b"GET /blocking HTTP/1.1\r\nHost: x\r\n\r\n")
         assert inside.wait(10)
@@ -410,7 +413,7 @@ def test_stop_with_blocked_loop(start: Any) -> None:
         finally:
             released.set()
         with contextlib.suppress(ConnectionError):
-            while client.recv(1000):  # until it is told that there is nothing more to come
+            while client.recv(1000):  # until the server closes the connection
                 pass
     until(lambda: not server.alive, what="the end of the thread")
 
@@ -424,8 +427,8 @@ def test_interrupt_during_stop(start: Any) -> None:
         await asyncio.sleep(60)
         return PlainTextResponse("never")
 
-    story: list[str] = []
-    server = start(living("app", story, endless=endless))
+    events: list[str] = []
+    server = start(named_app("app", events, endless=endless))
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, server, "/endless")
         assert inside.wait(10)
@@ -436,7 +439,7 @@ def test_interrupt_during_stop(start: Any) -> None:
         with contextlib.suppress(http.client.HTTPException, ConnectionError):
             assert answer.result(10)[0] >= 500
     assert not server.alive
-    assert story == ["app starts", "app ends"]
+    assert events == ["app starts", "app ends"]
     assert is_free(server.port)
     assert server.stop() is True
 
@@ -454,7 +457,7 @@ def test_stop_with_stuck_model_call(start: Any) -> None:
         answer = pool.submit(ask, server, "/", "stuck")
         assert inside.wait(10)
         with stopwatch(10):
-            assert server.stop(drain_s=0.2) is True  # the model's thread is stuck, not the server's
+            assert server.stop(drain_s=0.2) is True  # the model thread is stuck, the server thread is not
         try:
             with contextlib.suppress(http.client.HTTPException, ConnectionError):
                 status, body = answer.result(10)
@@ -467,9 +470,9 @@ def test_stop_with_stuck_model_call(start: Any) -> None:
 def test_port_reusable_after_stop(start: Any) -> None:
     port = 0
     for round_ in range(5):
-        server = start(saying(f"round {round_}"), port)
+        server = start(text_app(f"round {round_}"), port)
         port = server.port
-        client = Client(server)  # its side stays open beyond the end of the server
+        client = Client(server)  # its side stays open after the server has stopped
         assert client.ask() == (200, f"round {round_}")
         server.stop()
         client.close()
@@ -479,19 +482,19 @@ def test_port_reusable_after_stop(start: Any) -> None:
 
 
 def test_swap_keeps_connections(start: Any) -> None:
-    story: list[str] = []
-    server = start(living("old", story))
+    events: list[str] = []
+    server = start(named_app("old", events))
     with contextlib.closing(Client(server)) as client:
         assert client.ask() == (200, "old")
-        server.swap(living("new", story))
+        server.swap(named_app("new", events))
         assert client.ask() == (200, "new")
-    assert story == ["old starts", "new starts", "old ends"]
+    assert events == ["old starts", "new starts", "old ends"]
 
 
 def test_swaps_under_traffic(start: Any) -> None:
     """Twenty swaps; every request is answered."""
     swaps = 20
-    server = start(living("0", []))
+    server = start(named_app("0", []))
     done = threading.Event()
     seen: list[list[int]] = [[], []]
 
@@ -517,32 +520,32 @@ def test_swaps_under_traffic(start: Any) -> None:
 
         try:
             for version in range(1, swaps + 1):
-                server.swap(living(str(version), []))
+                server.swap(named_app(str(version), []))
                 until(lambda version=version: both_have_seen(version), what="an answer to both")
         finally:
             done.set()
         for client in clients:
             client.result(10)
     for names in seen:
-        assert names == sorted(names)  # never again an old app once a newer one has answered
+        assert names == sorted(names)  # once a newer app has answered, no older one answers
 
 
 def test_swap_finishes_running_request(start: Any) -> None:
-    story: list[str] = []
+    events: list[str] = []
     inside = threading.Event()
 
     async def slow(request: Request) -> PlainTextResponse:
         inside.set()
         await asyncio.sleep(0.3)
-        return PlainTextResponse(f"by {request.state.name}, {story[-1]}")
+        return PlainTextResponse(f"by {request.state.name}, {events[-1]}")
 
-    server = start(living("old", story, slow=slow))
+    server = start(named_app("old", events, slow=slow))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
-        server.swap(living("new", story))
+        server.swap(named_app("new", events))
         assert answer.result(10) == (200, "by old, new starts")
-    assert story[-1] == "old ends"
+    assert events[-1] == "old ends"
 
 
 def test_swap_bounded_by_drain(start: Any) -> None:
@@ -553,19 +556,19 @@ def test_swap_bounded_by_drain(start: Any) -> None:
         await asyncio.to_thread(released.wait, 30)
         return PlainTextResponse("late")
 
-    server = start(living("old", [], stuck=stuck))
+    server = start(named_app("old", [], stuck=stuck))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/stuck")
         assert inside.wait(10)
         with stopwatch(10):
-            server.swap(living("new", []), drain_s=0.2)
+            server.swap(named_app("new", []), drain_s=0.2)
         assert ask(server) == (200, "new")
         released.set()
         assert answer.result(10) == (200, "late")
 
 
 def test_failed_swap_keeps_old_app(start: Any) -> None:
-    story: list[str] = []
+    events: list[str] = []
     failure = ValueError("broken")
 
     @contextlib.asynccontextmanager
@@ -573,18 +576,18 @@ def test_failed_swap_keeps_old_app(start: Any) -> None:
         raise failure
         yield
 
-    server = start(living("old", story))
+    server = start(named_app("old", events))
     with contextlib.closing(Client(server)) as client:
         client.ask()
         with pytest.raises(ValueError, match="broken") as caught:
             server.swap(Starlette(lifespan=lifespan))
         assert caught.value is failure
         assert client.ask() == (200, "old")
-    assert story == ["old starts"]
+    assert events == ["old starts"]
 
 
 def test_interrupt_while_new_app_starts(start: Any) -> None:
-    story: list[str] = []
+    events: list[str] = []
     given_up = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -596,16 +599,16 @@ def test_interrupt_while_new_app_starts(start: Any) -> None:
             given_up.set()
         yield
 
-    server = start(living("old", story))
+    server = start(named_app("old", events))
     with stopwatch(10), pytest.raises(KeyboardInterrupt):
         server.swap(Starlette(lifespan=lifespan))
     assert given_up.wait(5)
     assert ask(server) == (200, "old")
-    assert story == ["old starts"]
+    assert events == ["old starts"]
 
 
 def test_interrupt_while_old_app_drains(start: Any) -> None:
-    story: list[str] = []
+    events: list[str] = []
     inside, released = threading.Event(), threading.Event()
 
     async def slow(request: Request) -> PlainTextResponse:
@@ -617,25 +620,25 @@ def test_interrupt_while_old_app_drains(start: Any) -> None:
         until(lambda: ask(server) == (200, "new"), what="the new app")
         interrupt_the_main_thread(during="swap")
 
-    server = start(living("old", story, slow=slow))
+    server = start(named_app("old", events, slow=slow))
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
         trap = pool.submit(interrupt)
         with stopwatch(10), pytest.raises(KeyboardInterrupt):
-            server.swap(living("new", story), drain_s=30)
+            server.swap(named_app("new", events), drain_s=30)
         trap.result(5)
         released.set()
         assert answer.result(10)[0] == 200
     assert ask(server) == (200, "new")
-    until(lambda: story[-1] == "old ends", what="the end of the old app")
+    until(lambda: events[-1] == "old ends", what="the end of the old app")
 
 
 # -- run ----------------------------------------------------------------------------------------------
 
 
 def test_run(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
 
     async def add(a: int, b: int) -> int:
         assert threading.current_thread().name == "serving-kit-http"
@@ -650,7 +653,7 @@ def test_run(start: Any) -> None:
 
 
 def test_run_on_own_thread(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
 
     async def inner() -> None:
         pytest.fail("never runs")
@@ -663,14 +666,14 @@ def test_run_on_own_thread(start: Any) -> None:
 
 
 def test_run_after_stop(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
     server.stop()
     with pytest.raises(RuntimeError, match="stopped"):
         server.run(asyncio.sleep(0))
 
 
 def test_run_timeout(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
     cancelled = threading.Event()
 
     async def endless() -> None:
@@ -685,7 +688,7 @@ def test_run_timeout(start: Any) -> None:
 
 
 def test_interrupt_during_run(start: Any) -> None:
-    server = start(saying("hello"))
+    server = start(text_app("hello"))
     cancelled = threading.Event()
 
     async def endless() -> None:
@@ -712,7 +715,7 @@ NOISE = """
 
     async def app(scope, receive, send):
         if scope["type"] != "http":
-            raise RuntimeError("no lifespan here")
+            raise RuntimeError("no lifespan support")
         if scope["path"] == "/late":
             await send({"type": "http.response.start", "status": 200, "headers": []})
         if scope["path"] == "/warn":
@@ -720,7 +723,7 @@ NOISE = """
         if scope["path"] == "/task":
             import asyncio
             async def forgotten():
-                raise RuntimeError("nobody awaits this")
+                raise RuntimeError("this is not awaited")
             asyncio.create_task(forgotten())
             await asyncio.sleep(0.01)
         raise LookupError("in the app")
@@ -753,7 +756,7 @@ def test_no_output_from_server_thread(user: str) -> None:
     assert len(kept.splitlines()) == 1, kept  # the one line that the main thread prints
     for line in ("LookupError: in the app", "Invalid HTTP request", "UserWarning: from a server thread"):
         assert line in kept
-    assert "nobody awaits this" in kept
+    assert "this is not awaited" in kept
 
 
 def test_no_output_with_root_handler(start: Any, capfd: Any) -> None:
@@ -775,7 +778,7 @@ def test_no_output_with_root_handler(start: Any, capfd: Any) -> None:
 
 
 def logging_setup() -> dict[str, Any]:
-    """Everything that a user may have set up, by logger."""
+    """What a user may have set up, by logger."""
     loggers: dict[str, Any] = {"": logging.getLogger()}
     loggers |= {n: each for n, each in logging.root.manager.loggerDict.items() if hasattr(each, "handlers")}
     setup: dict[str, Any] = {
@@ -795,15 +798,15 @@ def logging_setup() -> dict[str, Any]:
 
 
 def test_logging_setup_restored(start: Any, capfd: Any) -> None:
-    mine = logging.getLogger("uvicorn.error")  # somebody else's uvicorn may be set up in this process
+    mine = logging.getLogger("uvicorn.error")  # another uvicorn may be set up in this process
     handler = logging.StreamHandler(sys.stderr)
     mine.addHandler(handler)
     mine.setLevel(logging.INFO)
     mine.propagate = False
     try:
-        start(saying("warm-up: loggers are made when they are first used")).stop()
+        start(text_app("warm-up: loggers are made when they are first used")).stop()
         before = logging_setup()
-        server = start(saying("hello"))
+        server = start(text_app("hello"))
         during = logging_setup()
         for name, state in before.items():
             if name not in ("last resort", "warnings"):
@@ -861,7 +864,7 @@ def test_forked_child_does_not_hold_port() -> None:
 
 @pytest.mark.parametrize("connected", [False, True])
 def test_app_shut_down_at_script_end(tmp_path: Path, connected: bool) -> None:
-    written = tmp_path / "story"
+    written = tmp_path / "events"
     with stopwatch(20):
         run_script(
             """

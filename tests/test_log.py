@@ -1,4 +1,4 @@
-"""What the owner finds in the log, and in the list of failures."""
+"""The log of a server, and the list of failures."""
 
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ Serve = Callable[..., Any]
 Records = list[logging.LogRecord]
 
 
-def moody(texts: list[str]) -> list[str]:
+def fail_on_request(texts: list[str]) -> list[str]:
     """Upper case; "raise" raises, and "large" raises a text of a megabyte."""
     if "raise" in texts:
         raise LookupError("deep inside")
@@ -66,7 +66,7 @@ def with_outcome(records: Records, outcome: str) -> Records:
 
 def test_failed_request(serve: Serve, records: Records) -> None:
     """One line, with incident, times and traceback."""
-    server = serve(moody)
+    server = serve(fail_on_request)
     answer = httpx.post(server.url, content="raise", headers={"x-request-id": "mine-1"})
     assert answer.status_code == 500
     [record] = records
@@ -94,7 +94,7 @@ def test_failed_request(serve: Serve, records: Records) -> None:
 
 def test_client_errors_at_info(serve: Serve, records: Records) -> None:
     """Without text of the client. Answered requests are not logged."""
-    server = serve(moody)
+    server = serve(fail_on_request)
     assert httpx.post(server.url, content="fine").status_code == 200
     assert records == []
     body = '{"inputs": "a", "parameters": {"evil\\nERROR": 1}}'
@@ -134,7 +134,7 @@ def test_shed_and_expired_at_warning(serve: Serve, records: Records) -> None:
 
 def test_failed_batch(serve: Serve, records: Records) -> None:
     """A line for each request, one traceback for each incident."""
-    server = serve(lambda texts: [], max_wait_ms=200)  # the wrong number of outputs: nobody is answered
+    server = serve(lambda texts: [], max_wait_ms=200)  # the wrong number of outputs fails the batch
     clients = [
         threading.Thread(target=httpx.post, args=(server.url,), kwargs={"content": text, "timeout": 30})
         for text in "abc"
@@ -150,7 +150,7 @@ def test_failed_batch(serve: Serve, records: Records) -> None:
 
 
 def test_lines_of_one_cause_are_bounded(serve: Serve, records: Records) -> None:
-    server = serve(moody)
+    server = serve(fail_on_request)
     server("fine")  # so that the breaker stays closed
     for _ in range(4 * MOST_LINES):
         assert httpx.post(server.url, content="raise").status_code == 500
@@ -173,7 +173,7 @@ def test_breaker_opens_and_closes(serve: Serve, records: Records) -> None:
 
     server = serve(model)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        # A function can be told from its inputs only by many of them, over 10 s.
+        # For a function it takes 10 s and 5 different inputs until the breaker opens.
         numbers = itertools.count()
         until(lambda: client.post("/", content=f"a{next(numbers)}").status_code == 503, timeout=40)
         [opened] = [each for each in records if fields(each).get("breaker") == "open"]
@@ -188,7 +188,7 @@ def test_breaker_opens_and_closes(serve: Serve, records: Records) -> None:
 
 
 def test_model_thread_died(serve: Serve, records: Records) -> None:
-    server = serve(moody)
+    server = serve(fail_on_request)
     server("a")
     [thread] = [each for each in threading.enumerate() if each.name == "serving-kit-model"]
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -205,7 +205,7 @@ def test_model_thread_died(serve: Serve, records: Records) -> None:
 
 
 def test_settings_changed(serve: Serve, records: Records) -> None:
-    server = serve(moody, max_batch_size=8)
+    server = serve(fail_on_request, max_batch_size=8)
     server.tune(max_batch_size=4)
     token = {"authorization": f"Bearer {server.token}"}
     assert httpx.patch(f"{server.url}/settings", json={"max_wait_ms": 2}, headers=token).status_code == 200
@@ -219,15 +219,15 @@ def test_settings_changed(serve: Serve, records: Records) -> None:
 @pytest.mark.parametrize("name", ["self", "by"])
 def test_setting_named_like_an_argument(serve: Serve, name: str) -> None:
     """Names of `tune`'s own arguments are unknown settings."""
-    server = serve(moody)
+    server = serve(fail_on_request)
     token = {"authorization": f"Bearer {server.token}"}
     answer = httpx.patch(f"{server.url}/settings", json={name: 1}, headers=token)
     assert (answer.status_code, "there is no setting" in answer.text) == (422, True)
 
 
 def test_server_replaced(serve: Serve, records: Records) -> None:
-    first = serve(moody)
-    second = serve(moody, port=0)
+    first = serve(fail_on_request)
+    second = serve(fail_on_request, port=0)
     assert second.url == first.url
     [record] = [each for each in records if "was replaced" in each.getMessage()]
     assert (record.levelname, fields(record)["url"]) == ("INFO", second.url)
@@ -245,7 +245,7 @@ def test_root_handlers(serve: Serve) -> None:
     for handler in handlers:
         root.addHandler(handler)
     try:
-        server = serve(moody)
+        server = serve(fail_on_request)
         assert httpx.post(server.url, content="raise").status_code == 500
         until(lambda: "LookupError: deep inside" in stream.getvalue())
     finally:
@@ -254,7 +254,7 @@ def test_root_handlers(serve: Serve) -> None:
 
 
 def test_unconfigured_logging_prints_nothing(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
-    server = serve(moody)
+    server = serve(fail_on_request)
     capfd.readouterr()
     assert httpx.post(server.url, content="raise").status_code == 500
     assert any("LookupError: deep inside" in line for line in server.logs())
@@ -287,7 +287,7 @@ def test_limiter_bounds_number_of_causes() -> None:
 
 
 def test_errors_route_needs_token(serve: Serve) -> None:
-    server = serve(moody)
+    server = serve(fail_on_request)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         told = [
             client.post("/", content=text, headers={"x-request-id": name}).json()["incident"]
@@ -308,7 +308,7 @@ def test_errors_route_needs_token(serve: Serve) -> None:
 
 
 def test_long_error_texts_are_shortened(serve: Serve) -> None:
-    server = serve(moody, expose_errors=True)
+    server = serve(fail_on_request, expose_errors=True)
     answer = httpx.post(server.url, content="large")
     assert len(answer.content) < 20_000
     [incident] = server.errors()
@@ -320,7 +320,7 @@ def test_long_error_texts_are_shortened(serve: Serve) -> None:
 
 
 def test_series_bounded_by_history(serve: Serve) -> None:
-    server = serve(moody)
+    server = serve(fail_on_request)
     assert len(server.stats(series=1_000_000)["series"]) == 300
     assert "series" not in server.stats(series=-1)
 
@@ -357,7 +357,7 @@ def test_uvicorn_traceback_on_stderr(tmp_path: Path) -> None:
     assert f"incident={answer.json()['incident']}" in written
     assert f"request_id={answer.headers['x-request-id']}" in written
     assert "LookupError: deep inside" in written
-    assert owners.status_code == 403, "without a token nobody is the owner"
+    assert owners.status_code == 403, "without a token the list is closed"
 
 
 def test_json_formatter() -> None:

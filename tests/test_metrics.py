@@ -1,6 +1,7 @@
 """Numbers from records: windows, percentiles, counters."""
 
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -84,10 +85,18 @@ def test_queue_depth_during_long_call() -> None:
 
 
 def test_memory_is_bounded() -> None:
+    """After the history is full, neither time nor load adds anything."""
     metrics = Metrics()
-    dice = random.Random(1)
-    for second in range(3 * HISTORY_S):
-        for _ in range(5):
-            metrics.add_request(request(second, latency=dice.expovariate(10)))
-    assert len(metrics._slots) == HISTORY_S
-    assert len(metrics.series(3 * HISTORY_S, HISTORY_S)) == HISTORY_S
+    latencies = random.Random(1)
+    used: list[int] = []
+    tracemalloc.start()
+    try:
+        for second in range(4 * HISTORY_S):
+            for _ in range(5):
+                metrics.add_request(request(second, latency=latencies.expovariate(10)))
+            if second % HISTORY_S == HISTORY_S - 1:
+                used.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert used[3] < 1.1 * used[1]
+    assert len(metrics.series(4 * HISTORY_S, HISTORY_S)) == HISTORY_S

@@ -1,4 +1,4 @@
-"""`serve()` and its handle: stopped, replaced, moved, forked, waited for by a script."""
+"""`serve()` and `Server`: stop, replacement, ports, forks, scripts, arguments."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import pytest
 
 import serving_kit
 from serving_kit import ServingError, StartError, Unavailable
+from serving_kit.inline_server import InlineServer
 from tests.support import REPOSITORY, run_script, until
 from tests.support_http import free_port
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.light
 
 
 class Model:
-    """Answers with its name. An instance, so that a weak reference can tell when it is gone."""
+    """Answers with its name. An instance, so that a weak reference tells when it has been freed."""
 
     def __init__(self, name: str = "model") -> None:
         self.__name__ = name
@@ -41,7 +42,7 @@ def port_of(server: Any) -> int:
     return int(server.url.rpartition(":")[2])
 
 
-# -- a handle whose server is gone ----------------------------------------------------------------
+# -- a stopped or replaced server ----------------------------------------------------------------
 
 ASKS: list[Callable[[Any], Any]] = [
     lambda server: server("hello"),
@@ -138,7 +139,7 @@ def test_rerun_with_other_host_keeps_port(serve: Any, capsys: pytest.CaptureFixt
     assert new.token == old.token
     answer = httpx.post(new.url, content="x", headers={"authorization": f"Bearer {new.token}"})
     assert answer.json() == "new"
-    assert httpx.post(new.url, content="x").status_code == 401, "the new host's rule holds"
+    assert httpx.post(new.url, content="x").status_code == 401, "the access rule of the new host holds"
     back = serve(Model("back"), port=port)
     assert port_of(back) == port
     assert httpx.post(back.url, content="x").json() == "back"
@@ -200,7 +201,7 @@ def test_stop_first_with_unloadable_model(serve: Any) -> None:
 
 
 class SlowToLoad(Model):
-    """Takes its time before it is known what it is."""
+    """Blocks while it is loaded, until `go_on`."""
 
     def __init__(self) -> None:
         super().__init__("slow")
@@ -327,7 +328,7 @@ def test_no_wait_hint_in_interpreter() -> None:
     assert "wait()" not in done.stdout
 
 
-# -- mistakes that are found when the server is started ---------------------------------------------------
+# -- arguments that are refused at the start ---------------------------------------------------
 
 
 def two_arguments(texts: list[str], mark: str) -> list[str]:
@@ -371,7 +372,7 @@ def test_required_token_message(serve: Any, capsys: pytest.CaptureFixture[str]) 
 
 
 class Gate:
-    """Answers when it is opened."""
+    """Answers once `open` is set."""
 
     def __init__(self) -> None:
         self.inside, self.open = threading.Event(), threading.Event()
@@ -402,14 +403,16 @@ def test_rerun_on_other_port_drains_old(serve: Any) -> None:
 def test_interrupt_during_drain_of_old(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new server stays."""
     old = serve(Model("old"))
-    stop, port = old._inline.stop, free_port()
+    stop, port = InlineServer.stop, free_port()
 
-    def interrupted(drain_s: float = 5.0) -> bool:
-        stop(0)
-        raise KeyboardInterrupt
+    def interrupted(inline: InlineServer, drain_s: float = 5.0) -> bool:
+        stop(inline, 0)
+        if inline.port != port:
+            raise KeyboardInterrupt
+        return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(old._inline, "stop", interrupted)
+        patch.setattr(InlineServer, "stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
             serving_kit.serve(Model("new"), port=port)
     [new] = serving_kit.servers()

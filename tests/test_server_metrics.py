@@ -1,4 +1,4 @@
-"""What the metrics and the snapshot say, also while other threads change what they read."""
+"""`/metrics` and `/stats` of a server, also while other threads change what they read."""
 
 import itertools
 import sys
@@ -48,7 +48,7 @@ def test_breaker_rejections_are_not_shed(serve: Serve) -> None:
 
     server = serve(broken)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        # A function can be told from its inputs only by many of them, over 10 s.
+        # For a function it takes 10 s and 5 different inputs until the breaker opens.
         numbers = itertools.count()
         until(lambda: client.post("/", content=f"x{next(numbers)}").status_code == 503, timeout=40)
         stats = client.get("/stats", params={"series": 60}).json()
@@ -59,12 +59,12 @@ def test_breaker_rejections_are_not_shed(serve: Serve) -> None:
 
 
 def test_reads_during_changes(serve: Serve) -> None:
-    def moody(texts: list[str]) -> list[str]:
+    def fail_on_request(texts: list[str]) -> list[str]:
         if "raise" in texts:
             raise LookupError
         return texts
 
-    server, over = serve(moody, max_batch_size=2), threading.Event()
+    server, over = serve(fail_on_request, max_batch_size=2), threading.Event()
     server("a")
     problems: list[BaseException] = []
 
