@@ -1,4 +1,4 @@
-"""torch's threads: as many as were asked for, and by default no more than the process may keep busy."""
+"""The number of torch's threads: as given, and by default no more than CPU affinity and quota allow."""
 
 from __future__ import annotations
 

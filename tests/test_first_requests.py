@@ -1,4 +1,4 @@
-"""The first requests of a real server are not refused by what is not known yet."""
+"""The first requests to a server are answered, although the cost of a call is not known yet."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ Serve = Callable[..., Any]
 
 
 def statuses(url: str, clients: int, requests: int, body: str) -> Counter[int]:
-    """What `clients` that ask one request after the other are answered."""
+    """The statuses that closed-loop clients get: `requests` in all."""
     with httpx.Client(limits=httpx.Limits(max_connections=clients), timeout=60) as http:
 
         def ask(number: int) -> int:
@@ -31,7 +31,7 @@ def statuses(url: str, clients: int, requests: int, body: str) -> Counter[int]:
 
 @pytest.mark.light
 def test_burst_after_quiet_period(serve: Serve) -> None:
-    """One batch after the other doubles: 32 items take five calls, and not 32."""
+    """Batch sizes double: 32 items take five calls, not 32."""
     calls: list[int] = []
 
     def slow(texts: list[str]) -> list[str]:
@@ -48,7 +48,7 @@ def test_burst_after_quiet_period(serve: Serve) -> None:
 
 @pytest.mark.light
 def test_slow_function_gets_batches(serve: Serve) -> None:
-    """A call takes most of the time that one batch may take, so smaller batches would gain nothing."""
+    """A call takes most of the time that one batch may take; smaller batches would save nothing."""
     sizes: list[int] = []
 
     def slow(texts: list[str]) -> list[str]:

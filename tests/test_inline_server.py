@@ -323,7 +323,7 @@ def test_stop_with_idle_connection(start: Any) -> None:
         assert client.ask() == (200, "hello")
         with stopwatch(2.5):
             assert server.stop() is True
-        assert client.sock.recv(1) == b""  # closed in order
+        assert client.sock.recv(1) == b""  # closed without a reset
     assert is_free(server.port)
 
 
@@ -857,7 +857,7 @@ def test_forked_child_does_not_hold_port() -> None:
             os.waitpid(child, 0)
         print("free")
         """,
-        warnings="ignore",  # Python warns of forks in threaded programs since 3.12; that is the point
+        warnings="ignore",  # Python warns of forks in threaded programs since 3.12
     )
     assert done.stdout.splitlines()[-1] == "free"
 
@@ -891,7 +891,7 @@ def test_app_shut_down_at_script_end(tmp_path: Path, connected: bool) -> None:
     assert written.read_text() == "shut down"
 
 
-# -- event loops, patched or not ----------------------------------------------------------------------
+# -- patched event loops ----------------------------------------------------------------------
 
 NESTED = """
     import importlib, sys

@@ -1,4 +1,4 @@
-"""Options from the command line, the environment and a file: their order, and what is said of bad ones."""
+"""Options from the command line, the environment and a file: their order, and the messages about bad ones."""
 
 from __future__ import annotations
 

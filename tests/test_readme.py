@@ -1,4 +1,4 @@
-"""The README does what it says: its commands, its Python, its table of knobs."""
+"""The README's commands, Python code and table of knobs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Knobs: every one has a range, refuses what is outside, and says so."""
+"""Knobs: ranges, error messages, conversion, JSON."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Filters of `warnings` in a cell decide about the cell's own warnings, never about a client's answer."""
+"""Filters of `warnings` in a cell apply to the cell's own warnings, not to those of the model thread."""
 
 from __future__ import annotations
 
