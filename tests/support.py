@@ -1,7 +1,11 @@
-"""What several test modules share: waiting, threads, scripts. No fixtures here (`conftest.py`)."""
+"""What several test modules share: waiting, threads, scripts, functions to serve.
+
+Not here: fixtures (`conftest.py`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -70,3 +74,31 @@ def run_script(
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""
     return done
+
+
+class NamedModel:
+    """A function to serve that answers with its name. A weak reference tells when it has been freed."""
+
+    def __init__(self, name: str = "model") -> None:
+        self.__name__ = name
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """The name, once for each value."""
+        return [self.__name__ for _ in values]
+
+
+class BlockingFunction:
+    """A function to serve that answers with its inputs once `open` is set. `inside`: it was called."""
+
+    def __init__(self) -> None:
+        self.inside, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """Wait, and answer."""
+        self.inside.set()
+        assert self.open.wait(60)
+        return values
+
+    async def entered(self) -> None:
+        """Wait until it has been called."""
+        assert await asyncio.to_thread(self.inside.wait, 30)

@@ -13,62 +13,50 @@ import serving_kit
 from serving_kit.models.functions import CallableModel
 from serving_kit.service import Service
 from serving_kit.settings import Settings
-from tests.support import until
+from tests.support import BlockingFunction, until
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
 
 
-class Gate:
-    """A function that waits while `open` is not set."""
-
-    def __init__(self) -> None:
-        self.open, self.inside = threading.Event(), threading.Event()
-        self.open.set()
-
-    def __call__(self, texts: list[str]) -> list[str]:
-        self.inside.set()
-        assert self.open.wait(60)
-        return texts
-
-
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open.set()
+def blocking() -> Iterator[BlockingFunction]:
+    blocking = BlockingFunction()
+    blocking.open.set()
+    yield blocking
+    blocking.open.set()
 
 
-def hang(client: httpx.Client, gate: Gate) -> None:
+def hang(client: httpx.Client, blocking: BlockingFunction) -> None:
     """Leave the model inside a call, by a request that has expired."""
-    gate.open.clear()
+    blocking.open.clear()
     assert client.post("/", content="x").status_code == 504
-    assert gate.inside.is_set()
+    assert blocking.inside.is_set()
 
 
-def test_stuck_call_fails_health(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=100)
+def test_stuck_call_fails_health(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=100)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        hang(client, gate)
+        hang(client, blocking)
         until(lambda: client.get("/health").status_code == 503, timeout=20)
         answer = client.get("/health").json()
         assert answer["status"] == "stuck"
         assert "one forward has been running for" in answer["reason"]
         assert "serving_kit_ready 0.0" in client.get("/metrics").text
         assert client.get("/live").status_code == 200, "by default a hanging call restarts nothing"
-        gate.open.set()
+        blocking.open.set()
         until(lambda: client.get("/health").status_code == 200)
         assert "serving_kit_ready 1.0" in client.get("/metrics").text
 
 
-def test_stuck_call_fails_live(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=100, live_timeout_s=6)
+def test_stuck_call_fails_live(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=100, live_timeout_s=6)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        hang(client, gate)
+        hang(client, blocking)
         until(lambda: client.get("/health").status_code == 503, timeout=20)
         until(lambda: client.get("/live").status_code == 503, timeout=20)
         assert "must be restarted" in client.get("/live").json()["reason"]
-        gate.open.set()
+        blocking.open.set()
         until(lambda: client.get("/live").status_code == 200)
     assert "live_timeout_s=6" in server.as_code()
 
@@ -139,10 +127,10 @@ def test_when_a_call_counts_as_stuck(
 # -- which limit applied -----------------------------------------------------------------------------
 
 
-def test_expired_message_names_limit(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=200)
+def test_expired_message_names_limit(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=200)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        gate.open.clear()
+        blocking.open.clear()
         running = client.post("/", content="x")
         waiting = client.post("/", content="x")
         own = client.post("/", content="x", headers={"x-request-timeout-ms": "50"})
@@ -155,8 +143,8 @@ def test_expired_message_names_limit(serve: Serve, gate: Gate) -> None:
     )
 
 
-def test_slow_body_message_names_limit(serve: Serve, gate: Gate) -> None:
-    server = serve(gate)
+def test_slow_body_message_names_limit(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking)
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as sock:
         sock.sendall(
             b"POST / HTTP/1.1\r\nhost: localhost\r\nx-request-timeout-ms: 50\r\ncontent-length: 5\r\n\r\nab"
@@ -169,8 +157,8 @@ def test_slow_body_message_names_limit(serve: Serve, gate: Gate) -> None:
     assert b"the body did not arrive within the client's 50 ms (X-Request-Timeout-Ms)" in answer
 
 
-def test_kernel_call_message_names_limit(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=2000)
-    gate.open.clear()
+def test_kernel_call_message_names_limit(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=2000)
+    blocking.open.clear()
     with pytest.raises(serving_kit.DeadlineExceeded, match=r"within 2,000 ms \(timeout_ms\)"):
         server("x")

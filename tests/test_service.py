@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from serving_kit.errors import (
 from serving_kit.models.loading import load_model
 from serving_kit.service import Service
 from serving_kit.settings import Settings
+from tests.support import BlockingFunction
 
 pytestmark = pytest.mark.light
 
@@ -53,21 +53,6 @@ def requests(service: Service) -> dict[str, int]:
         if sample.name.endswith("_total")
     }
     return {outcome: count for outcome, count in counts.items() if count}
-
-
-class Gate:
-    """A function that answers once `open` is set."""
-
-    def __init__(self) -> None:
-        self.inside, self.open = threading.Event(), threading.Event()
-
-    def __call__(self, values: list[Any]) -> list[Any]:
-        self.inside.set()
-        assert self.open.wait(30)
-        return values
-
-    async def entered(self) -> None:
-        assert await asyncio.to_thread(self.inside.wait, 10)
 
 
 def double(values: list[Any]) -> list[Any]:
@@ -139,15 +124,15 @@ def test_cancelled_request() -> None:
     """A request that is cancelled while it waits never starts."""
 
     async def main() -> None:
-        gate = Gate()
-        async with running(gate, max_batch_size=1) as service:
+        blocking = BlockingFunction()
+        async with running(blocking, max_batch_size=1) as service:
             first = asyncio.ensure_future(ask(service, "first"))
-            await gate.entered()
+            await blocking.entered()
             second = asyncio.ensure_future(ask(service, "second"))
             await asyncio.sleep(0.01)
             second.cancel()
             await asyncio.wait([second])
-            gate.open.set()
+            blocking.open.set()
             assert await first == ["first"]
             assert second.cancelled()
             assert requests(service) == {"ok": 1, "cancelled": 1}
@@ -163,11 +148,11 @@ def test_expired_request(timeout_s: float, limit: str) -> None:
     """A client may ask for less time than `timeout_ms`, never for more."""
 
     async def main() -> None:
-        gate = Gate()
-        async with running(gate, timeout_ms=300) as service:
+        blocking = BlockingFunction()
+        async with running(blocking, timeout_ms=300) as service:
             with pytest.raises(DeadlineExceeded, match=f"not answered within {limit}"):
                 await ask(service, "x", timeout_s=timeout_s)
-            gate.open.set()
+            blocking.open.set()
             assert requests(service) == {"expired": 1}
 
     asyncio.run(main())
@@ -175,15 +160,15 @@ def test_expired_request(timeout_s: float, limit: str) -> None:
 
 def test_full_queue() -> None:
     async def main() -> None:
-        gate = Gate()
-        async with running(gate, max_batch_size=1, max_queue_size=1) as service:
+        blocking = BlockingFunction()
+        async with running(blocking, max_batch_size=1, max_queue_size=1) as service:
             running_request = asyncio.ensure_future(ask(service, "running"))
-            await gate.entered()
+            await blocking.entered()
             waiting = asyncio.ensure_future(ask(service, "waiting"))
             await asyncio.sleep(0.01)
             with pytest.raises(Overloaded, match="queue is full"):
                 await ask(service, "one too many")
-            gate.open.set()
+            blocking.open.set()
             assert await asyncio.gather(running_request, waiting) == [["running"], ["waiting"]]
             assert requests(service) == {"ok": 2, "shed": 1}
 
@@ -252,14 +237,14 @@ def test_drain() -> None:
     """Admitted requests are answered, new ones rejected."""
 
     async def main() -> None:
-        gate = Gate()
-        async with running(gate) as service:
+        blocking = BlockingFunction()
+        async with running(blocking) as service:
             admitted = asyncio.ensure_future(ask(service, "admitted"))
-            await gate.entered()
+            await blocking.entered()
             service.drain()
             with pytest.raises(Stopping):
                 await ask(service, "late")
-            gate.open.set()
+            blocking.open.set()
             assert await admitted == ["admitted"]
             assert requests(service) == {"ok": 1, "unavailable": 1}
 
@@ -270,16 +255,16 @@ def test_stop_is_bounded() -> None:
     """What is not answered in time ends as unavailable."""
 
     async def main() -> None:
-        gate = Gate()
-        service = Service(load_model(gate))
+        blocking = BlockingFunction()
+        service = Service(load_model(blocking))
         await service.start()
         stuck = asyncio.ensure_future(ask(service, "stuck"))
-        await gate.entered()
+        await blocking.entered()
         assert await service.stop(0.1) is False
         with pytest.raises(ServingError) as raised:
             await stuck
         assert isinstance(raised.value, Stopping)
-        gate.open.set()
+        blocking.open.set()
         assert await asyncio.to_thread(service.join, 10)
 
     asyncio.run(main())
