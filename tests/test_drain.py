@@ -87,7 +87,8 @@ def test_command_finishes_admitted_requests(tmp_path: Path) -> None:
 @pytest.mark.light
 def test_command_answers_rest_with_503(tmp_path: Path) -> None:
     """Also an upload that has not arrived completely."""
-    with command(tmp_path, "--drain-s", "1.5") as server, ThreadPoolExecutor(150) as pool:
+    options = ("--drain-s", "1.5", "--timeout-ms", "600000")
+    with command(tmp_path, *options) as server, ThreadPoolExecutor(150) as pool:
         answers = [pool.submit(ask, server.url) for _ in range(150)]
         until(lambda: server.in_flight() == 150, timeout=60)
         with upload(server.port) as connection:
