@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from serving_kit.asgi import create_app
     from serving_kit.errors import (
         ClientGone,
         DeadlineExceeded,
@@ -27,11 +28,16 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from serving_kit.notebook.nesting import allow_nested_asyncio
-    from serving_kit.server import Server, create_app, serve, servers, stop_all
+    from serving_kit.server import Server, servers, stop_all
+    from serving_kit.serving import serve
     from serving_kit.settings import Settings
+    from serving_kit.spec import ServeSpec
 
 _HOME = {
-    "server": ("Server", "create_app", "serve", "servers", "stop_all"),
+    "server": ("Server", "servers", "stop_all"),
+    "serving": ("serve",),
+    "asgi": ("create_app",),
+    "spec": ("ServeSpec",),
     "settings": ("Settings",),
     "notebook.nesting": ("allow_nested_asyncio",),
     "errors": (
@@ -57,6 +63,7 @@ __all__ = [
     "ModelFailed",
     "Overloaded",
     "RequestTooLarge",
+    "ServeSpec",
     "Server",
     "ServingError",
     "SettingError",

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
 
 import uvicorn
 import uvicorn.server
@@ -26,38 +25,25 @@ import uvicorn.server
 from serving_kit import __version__, log
 from serving_kit.cpus import allowed_cpus
 from serving_kit.errors import SettingError, StartError
-from serving_kit.http.access import access, is_loopback
-from serving_kit.http.app import build_app
+from serving_kit.http.access import is_loopback
 from serving_kit.http.connection import Connection
 from serving_kit.inline_server import bind, leave_out_of_children
-from serving_kit.models.loading import load_model
 from serving_kit.options import (
-    DRAIN_S,
     OPTIONS,
     PREFIX,
     SETTINGS_VARIABLE,
     TOKEN_VARIABLE,
-    Option,
     from_outside,
     unknown_variables,
 )
+from serving_kit.script import pass_on
 from serving_kit.service import Service
-from serving_kit.settings import KNOBS, Settings
+from serving_kit.settings import KNOBS
+from serving_kit.spec import ServeSpec
+from serving_kit.values import UNSET, Flag, Number, Spec, Texts
 
-_LAST_WORDS_S = 0.5  # for the answers to what is broken off
-_DEFAULTS: dict[str, Any] = {
-    "host": "127.0.0.1",
-    "port": 8000,
-    "allowed_hosts": [],
-    "allowed_origins": [],
-    "drain_s": DRAIN_S,
-    "lame_duck_s": 0.0,
-    "require_token": False,
-    "log_level": "info",
-    "log_format": "text",
-    "access_log": False,
-}
-_FLAGS = {"allowed_hosts": ("--allow-host", "NAME"), "allowed_origins": ("--allow-origin", "URL")}
+_ANSWER_S = 0.5  # for the answers to requests that are broken off
+_NAMES = {"allowed_hosts": ("--allow-host", "NAME"), "allowed_origins": ("--allow-origin", "URL")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,71 +62,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(given: dict[str, Any]) -> int:
+def _run(line: dict[str, object]) -> int:
     """Serve until asked to stop.
 
     Args:
-        given: The command line: option: value, or None.
+        line: The command line: option: value, or None.
     """
-    options: dict[str, Any] = {**dict.fromkeys(OPTIONS), **_DEFAULTS}
-    options |= from_outside(os.environ, given.pop("settings"))
-    options |= {name: value for name, value in given.items() if value is not None}
-    for name, option in OPTIONS.items():
-        if option.many:  # each may be given several times, and hold several
-            options[name] = [one for text in options[name] for one in option.read(name, text)]
-    knobs = {name: options[name] for name in KNOBS if options[name] is not None}
-    settings = Settings(**knobs)
-    host = options["host"]
-    sock = bind(host, options["port"])
-    log.configure(options["log_level"], options["log_format"])
+    options = _options(line)
+    spec = ServeSpec.from_options(options)
+    sock = bind(spec.host, spec.port)
+    log.configure(str(options["log_level"]), str(options["log_format"]))
     for warning in unknown_variables(os.environ):
         logging.getLogger(log.NAME).warning(warning)
-    print(f"loading {options['model'] or 'the demo model'}", flush=True)
-    loaded = load_model(
-        options["model"],
-        task=options["task"],
-        device=options["device"],
-        threads=options["threads"],
-        most_threads=allowed_cpus(),
-    )
-    service = Service(loaded, settings, given=knobs, live_timeout_s=options["live_timeout_s"])
-    own_token = os.environ.get(TOKEN_VARIABLE)
-    token = own_token or secrets.token_urlsafe(16)
-    address, port = sock.getsockname()[:2]
-    url = f"http://{'[' + address + ']' if ':' in address else address}:{port}"
-    where = f"serving {service.model_name} ({service.task}, {service.device}) at {url}"
-    print("; ".join([where, *service.notes]))
-    named = f"the one in {TOKEN_VARIABLE}" if own_token else token
-    if options["require_token"]:
-        print(f"everything needs the token: {named}", flush=True)
-    elif is_loopback(host):
-        print(f"token for PATCH /settings: {named}", flush=True)
-    else:
-        print(f"other machines can reach it, so everything needs the token: {named}", flush=True)
-        if not own_token:
-            print(f"in a browser: {url}/?token={token}", flush=True)
-    rule = access(
-        token,
-        host,
-        allowed_hosts=options["allowed_hosts"],
-        allowed_origins=options["allowed_origins"],
-        require_token=options["require_token"],
-    )
-    app = build_app(service, access=rule, access_log=options["access_log"], drain_s=options["drain_s"])
+    print(f"loading {spec.model or 'the demo model'}", flush=True)
+    service = spec.build(most_threads=allowed_cpus())
+    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
+    _introduce(spec, service, sock, token)
     # Without a log_config its lines go where ours go.
-    config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, http=Connection)
-    _Server(config, service, options["drain_s"], options["lame_duck_s"]).run(sockets=[sock])
-    if not service.join(_LAST_WORDS_S):
-        # A forward still runs. The end of the interpreter would take the GIL away from under native code,
-        # which aborts the process.
+    config = uvicorn.Config(
+        spec.app(service, token), log_config=None, log_level="warning", access_log=False, http=Connection
+    )
+    _DrainingUvicorn(config, service, spec.drain_s, spec.lame_duck_s).run(sockets=[sock])
+    if not service.join(_ANSWER_S):
+        # A model call still runs. The end of the interpreter would take the GIL away from native code, which
+        # aborts the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
     return 0
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that ends in order: not ready, then refusing, then without a port; nothing is left unanswered.
+def _options(line: dict[str, object]) -> dict[str, object]:
+    """All options: the command line before the environment before the file before the defaults."""
+    file = line.pop("settings")
+    defaults = {
+        name: spec.default
+        for name, spec in OPTIONS.items()
+        if name not in KNOBS and spec.default is not UNSET  # a knob is passed on only if it was given
+    }
+    given = {name: value for name, value in line.items() if value is not None}
+    return {**defaults, **from_outside(os.environ, str(file) if file else None), **given}
+
+
+def _introduce(spec: ServeSpec, service: Service, sock: socket.socket, token: str) -> None:
+    """Print what is served, where, and with which token."""
+    address, port = sock.getsockname()[:2]
+    url = f"http://{'[' + address + ']' if ':' in address else address}:{port}"
+    where = f"serving {service.model_name} ({service.task}, {service.device}) at {url}"
+    print("; ".join([where, *service.notes]))
+    from_variable = bool(os.environ.get(TOKEN_VARIABLE))
+    named = f"the one in {TOKEN_VARIABLE}" if from_variable else token
+    if spec.require_token:
+        print(f"everything needs the token: {named}", flush=True)
+    elif is_loopback(spec.host):
+        print(f"token for PATCH /settings: {named}", flush=True)
+    else:
+        print(f"other machines can reach it, so everything needs the token: {named}", flush=True)
+        if not from_variable:
+            print(f"in a browser: {url}/?token={token}", flush=True)
+
+
+class _DrainingUvicorn(uvicorn.Server):
+    """uvicorn that stops in phases: not ready, then refusing, then without a port; every request is answered.
 
     SIGTERM, SIGINT and SIGHUP ask it to stop; under nohup SIGHUP stays ignored. A second signal ends the
     waiting, not the answering: what is unfinished gets its 503 at once.
@@ -152,7 +135,7 @@ class _Server(uvicorn.Server):
         self._service = service
         self._drain_s = drain_s
         self._lame_duck_s = lame_duck_s
-        self._leave_at: float | None = None  # when to close the port
+        self._close_port_at: float | None = None  # on the monotonic clock; None: not asked to stop
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -177,21 +160,20 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On a signal, in the thread that runs the loop."""
         if os.getpid() != self._process:  # a forked child, which must end as it would have without us
-            signal.signal(sig, signal.SIG_DFL)
-            os.kill(os.getpid(), sig)
+            pass_on(sig)
             return
-        if self._leave_at is not None:
+        if self._close_port_at is not None:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._break_off)
             return
-        self._leave_at = time.monotonic() + self._lame_duck_s
+        self._close_port_at = time.monotonic() + self._lame_duck_s
         self._service.announce_stop()
         if not self._lame_duck_s:
             self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
-        if self._leave_at is not None and time.monotonic() >= self._leave_at:
+        if self._close_port_at is not None and time.monotonic() >= self._close_port_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -207,12 +189,15 @@ class _Server(uvicorn.Server):
             task.cancel()
         self._service.abandon()
         self.should_exit = True
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._hang_up)
+        asyncio.get_running_loop().call_later(_ANSWER_S, self._close_connections)
 
-    def _hang_up(self) -> None:
+    def _close_connections(self) -> None:
         """Close the connections of clients that do not read their answers."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+# -- the command line ----------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,43 +220,38 @@ def _parser() -> argparse.ArgumentParser:
     knobs = serve.add_argument_group(
         "settings", "all of them can also be changed while it runs: PATCH /settings"
     )
-    defaults = Settings()
-    for name, option in OPTIONS.items():
+    for name, spec in OPTIONS.items():
         if name in KNOBS:
-            _add(
-                knobs.add_argument,
-                name,
-                option,
-                f" ({KNOBS[name].range}; default: {_words(getattr(defaults, name))})",
-            )
+            _add(knobs.add_argument, name, spec, f" ({spec.range}; default: {_words(spec.default)})")
         elif name != "model":
-            _add(serve.add_argument, name, option)
+            _add(serve.add_argument, name, spec)
     return parser
 
 
-def _add(add_argument: Callable[..., object], name: str, option: Option, more: str = "") -> None:
-    """One option of the command line. Without a default, so that it can be told whether it was given."""
-    flag, metavar = _FLAGS.get(name, (f"--{name.replace('_', '-')}", name.upper()))
-    help_text = f"{option.doc}{more}".replace("%", "%%")
-    if option.knob is not None and option.knob.kind is bool and name not in KNOBS:
-        add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+def _add(add_argument: Callable[..., object], name: str, spec: Spec, more: str = "") -> None:
+    """One option of the command line. Without a default, so that it is known whether it was given."""
+    flag, metavar = _NAMES.get(name, (f"--{name.replace('_', '-')}", _metavar(name, spec)))
+    about = {"dest": name, "default": None, "help": f"{spec.doc}{more}".replace("%", "%%")}
+    if isinstance(spec, Flag) and name not in KNOBS:
+        add_argument(flag, action=argparse.BooleanOptionalAction, **about)
         return
-    if option.knob is not None:
-        metavar = "yes|no" if option.knob.kind is bool else (option.knob.unit or "N").upper()
-    kind: dict[str, Any] = {"type": functools.partial(_read, name, option)}
-    add_argument(
-        flag,
-        dest=name,
-        metavar="|".join(option.choices) or metavar,
-        help=help_text,
-        **{"action": "append"} if option.many else kind,
-    )
+    # An option that takes several values may be given several times, and hold several each time.
+    action = {"action": "extend"} if isinstance(spec, Texts) else {}
+    add_argument(flag, metavar=metavar, type=functools.partial(_read, name, spec), **action, **about)
 
 
-def _read(name: str, option: Option, text: str) -> object:
+def _metavar(name: str, spec: Spec) -> str:
+    if isinstance(spec, Flag):
+        return "yes|no"
+    if isinstance(spec, Number):
+        return (spec.unit or "N").upper()
+    return "|".join(map(str, spec.choices)) or name.upper()
+
+
+def _read(name: str, spec: Spec, text: str) -> object:
     """A value from the command line."""
     try:
-        return option.read(name, text)
+        return spec.read(name, text)
     except SettingError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

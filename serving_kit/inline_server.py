@@ -7,14 +7,16 @@
     run(coroutine) ◀── its result ───   ...
     stop() ◀── thread gone ──────────   lifespan ends, connections close
 
-The kernel and the loop meet only here. What goes wrong on the thread comes back to the caller as the
-original exception. The listening socket outlives a swap, and so do open connections: no client ever
-sees a refused one.
+The kernel and the loop meet only here. An exception on the thread is raised in the caller. The listening
+socket and the open connections outlive a swap, so that no client's connection is refused.
 
 uvicorn is not started with its own `Server.run`: that needs `asyncio.run`, which a notebook may have
 patched (nest_asyncio); an `asyncio.Runner` with a loop of our own works either way.
 
-Not here: which app (`app.py`), re-runs and ports (`server.py`).
+`run` and `submit` are not anyio's `BlockingPortal`: its futures stay pending when the loop dies, and a caller
+would wait without end. Here they fail with `ServerGone`, which needs the set of pending futures in any case.
+
+Not here: which app (`http/app.py`), re-runs and which port (`serving.py`).
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ from serving_kit import thread_warnings
 from serving_kit.errors import StartError
 from serving_kit.http.connection import Connection
 from serving_kit.notebook import process_settings
+from serving_kit.options import check_host, check_port
 
 THREAD_NAME = "serving-kit-http"
 _BACKLOG = 2048
 _CLOSE_CONNECTIONS_S = 1  # uvicorn waits this long for open connections, in whole seconds
-_GRACE_S = 0.3  # for an app that keeps to its own bound, and for one that was told to give up
+_GRACE_S = 0.3  # beyond the bound of an app's shutdown, and for requests that were cancelled
 _AT_EXIT_S = 1.0  # the kernel is killed 2.5 s after it was asked to go
 
 T = TypeVar("T")
@@ -51,27 +54,17 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _servers: weakref.WeakSet[uvicorn.Server] = weakref.WeakSet()
 
 
-def check_host(host: object) -> None:
-    """Raise `StartError` unless `host` is a name or an address."""
-    if not isinstance(host, str) or not host:
-        raise StartError(
-            f'host must be a name or an address, got {host!r}: "127.0.0.1" for this machine only, "0.0.0.0" '
-            "for every network that it is on"
-        )
-
-
 def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
     """A listening socket on `port`, or on the first free one of the `tries` ports from there.
 
-    Bound in the caller's thread and kept, so that nobody can take the port in between. Port 0 takes
-    any free port.
+    Bound in the caller's thread and kept, so that no other program can take the port in between. Port 0
+    takes any free port.
 
     Raises:
         StartError: naming the port and the remedy.
     """
     check_host(host)
-    if type(port) is not int or not 0 <= port <= 65535:  # True is no port
-        raise StartError(f"port must be a whole number from 0 to 65535, got {port!r}")
+    check_port(port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(port, min(port + max(1, tries), 65536)):
         try:
@@ -83,7 +76,7 @@ def bind(host: str, port: int, *, tries: int = 1) -> socket.socket:
                 raise StartError(f"port {candidate} needs more rights; take one above 1023") from error
             raise StartError(f"cannot listen on {host}:{candidate}: {error.strerror or error}") from error
         # asyncio turns Nagle's algorithm off only on sockets that are said to be TCP, and accepted ones
-        # take after this one. With it every answer on a kept connection waits 40 ms for the client's ACK.
+        # inherit from this one. With it every answer on a kept connection waits 40 ms for the client's ACK.
         sock = socket.socket(sock.family, sock.type, socket.IPPROTO_TCP, fileno=sock.detach())
         _sockets.add(sock)
         return sock
@@ -96,7 +89,7 @@ def leave_out_of_children(server: uvicorn.Server) -> None:
 
 
 def _close_in_child() -> None:
-    """A forked child must keep neither our ports busy nor our connections open after we have gone."""
+    """In a forked child: close our ports and connections, which it would keep open after our end."""
     for sock in list(_sockets):
         with contextlib.suppress(OSError):
             sock.close()
@@ -105,13 +98,13 @@ def _close_in_child() -> None:
         for server in _servers
         for connection in server.server_state.connections
     ]
-    # uvloop has a hold of its own on the listening sockets, so that `close` alone does nothing.
+    # uvloop has duplicates of the listening sockets, so that `close` alone does nothing.
     for server in _servers:
         sockets += [sock for listener in getattr(server, "servers", ()) for sock in listener.sockets]
     if not sockets:
         return
-    # The sockets belong to event loops that do not run here. Closing a descriptor behind the back of its
-    # socket object would let that close whatever gets the same number next.
+    # The sockets belong to event loops that do not run here. If a descriptor is closed
+    # without its socket object, that object later closes whatever gets the same number next.
     nothing = os.open(os.devnull, os.O_RDWR)
     for sock in sockets:
         with contextlib.suppress(OSError, AttributeError, ValueError):
@@ -138,16 +131,16 @@ class InlineServer:
         self.sock = sock
         self.host, self.port = sock.getsockname()[:2]
         self._app = app
-        self._mounted: _Mounted | None = None
+        self._mounted: _MountedApp | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._server: _Server | None = None
+        self._uvicorn: _SignallingUvicorn | None = None
         self._thread: threading.Thread | None = None
-        self._ready = threading.Event()  # it answers, or it never will
+        self._ready = threading.Event()  # it answers, or it has failed
         self._failure: BaseException | None = None
         self._retirements: set[asyncio.Task[None]] = set()
-        self._waited_for: set[concurrent.futures.Future[Any]] = set()  # results that other threads want
+        self._pending: set[concurrent.futures.Future[Any]] = set()  # of `submit`
         self._asked_to_end = False
-        self.died = False  # the thread has ended though nobody has asked it to
+        self.died = False  # the thread has ended without `stop`
         self._stopping = threading.Lock()
 
     @property
@@ -202,13 +195,13 @@ class InlineServer:
         future = self.submit(coroutine)
         try:
             return future.result(timeout)
-        except BaseException:  # also ■: then nobody wants the result any more
+        except BaseException:  # also ■: then the result is not needed any more
             if self.alive:
                 future.cancel()
             raise
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run a coroutine on the server's loop. If the loop dies, so does the future: none waits for ever.
+        """Run a coroutine on the server's loop. If the loop dies, the future fails with `ServerGone`.
 
         Raises:
             ServerGone: the server has stopped.
@@ -218,10 +211,10 @@ class InlineServer:
             coroutine.close()
             raise ServerGone("the server has stopped")
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        self._waited_for.add(future)
-        future.add_done_callback(self._waited_for.discard)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
         if not self.alive:
-            self._give_up_waiting()
+            self._fail_pending()
         return future
 
     def swap(self, app: ASGIApp, drain_s: float = 5.0, *, then: Callable[[], None] | None = None) -> None:
@@ -232,7 +225,7 @@ class InlineServer:
 
         Args:
             app: The new app.
-            drain_s: Patience with the old one.
+            drain_s: Seconds for the requests of the old one.
             then: Called as soon as the new app answers. From there on nothing can be undone: an
                 interrupt while the old app drains leaves the new one in place and the drain going on.
         """
@@ -249,7 +242,7 @@ class InlineServer:
         """End the app and the thread, close the port. Bounded, idempotent.
 
         Requests under way are finished within about `drain_s` seconds, and so is the app. ■ ends the
-        patience, not the stop. Returns whether the thread is gone; one that is stuck is left behind,
+        draining, not the stop. Returns whether the thread is gone; one that is stuck is left behind,
         as a daemon, without the port.
         """
         if threading.current_thread() is self._thread:
@@ -258,13 +251,13 @@ class InlineServer:
             atexit.unregister(self.stop)
             interrupt: BaseException | None = None
             self._asked_to_end = True
-            if self.alive and self._server is not None and self._mounted is not None:
+            if self.alive and self._uvicorn is not None and self._mounted is not None:
                 try:
                     self._wait_for(self._mounted.retire(drain_s, cancel=True), drain_s)
                 except BaseException as error:
                     interrupt = error
                     self._wait_for(self._mounted.retire(0, cancel=True), 0)
-                self._server.should_exit = True
+                self._uvicorn.should_exit = True
             gone = self._join()
             self._close_port()
             process_settings.release(self)
@@ -274,26 +267,26 @@ class InlineServer:
 
     def _close_port(self) -> None:
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # a loop that is stuck has its own hold on it
+            self.sock.shutdown(socket.SHUT_RDWR)  # a loop that is stuck has a duplicate of it
         with contextlib.suppress(OSError):
             self.sock.close()
 
-    def _give_up_waiting(self) -> None:
-        for future in list(self._waited_for):
+    def _fail_pending(self) -> None:
+        for future in list(self._pending):
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(ServerGone("the server has stopped"))
 
-    def _wait_for(self, coroutine: Coroutine[Any, Any, None], patience_s: float) -> None:
+    def _wait_for(self, coroutine: Coroutine[Any, Any, None], timeout_s: float) -> None:
         """Run a step of the shutdown; if it overruns or the loop has gone, go on to the next."""
         with contextlib.suppress(RuntimeError, TimeoutError, concurrent.futures.CancelledError):
-            self.run(coroutine, patience_s + 3 * _GRACE_S)
+            self.run(coroutine, timeout_s + 3 * _GRACE_S)
 
     def _join(self) -> bool:
         if self._thread is None:
             return True
         self._thread.join(_CLOSE_CONNECTIONS_S + 2)
-        if self._thread.is_alive() and self._server is not None:
-            self._server.force_exit = True
+        if self._thread.is_alive() and self._uvicorn is not None:
+            self._uvicorn.force_exit = True
             self._thread.join(1)
         return not self._thread.is_alive()
 
@@ -311,42 +304,42 @@ class InlineServer:
             lifespan="off",  # ours: it must be able to change with the app
             timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
         )
-        self._server = _Server(config, self._ready)
+        self._uvicorn = _SignallingUvicorn(config, self._ready)
         try:
             with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-                runner.run(self._serve(self._server))
+                runner.run(self._serve(self._uvicorn))
         except BaseException as error:
             self._failure = error
         finally:
             self.died = self._ready.is_set() and not self._asked_to_end
-            if self.died:  # a port that nobody serves must not take connections: they would wait for ever
+            if self.died:  # an open port would take connections that are never served
                 process_settings.keep(f"the server's thread has died: {self._failure!r}")
                 self._close_port()
-            self._give_up_waiting()
+            self._fail_pending()
             self._ready.set()
 
     async def _serve(self, server: uvicorn.Server) -> None:
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(_keep_loop_error)
-        self._mounted = _Mounted(self._app)
+        self._mounted = _MountedApp(self._app)
         del self._app  # the present app is `_mounted`'s; keeping this one would keep its model
         await self._mounted.begin()
         try:
             await server.serve(sockets=[self.sock])
         finally:
             for connection in list(server.server_state.connections):
-                connection.transport.abort()  # it has outlasted the grace; uvicorn would leave it open
+                connection.transport.abort()  # still open after the timeout; uvicorn would leave it so
             await self._mounted.end(0)
 
     async def _stop_listening(self) -> None:
-        assert self._server is not None
-        for server in self._server.servers:
+        assert self._uvicorn is not None
+        for server in self._uvicorn.servers:
             server.close()
         self._close_port()
 
     async def _switch(self, app: ASGIApp, drain_s: float) -> asyncio.Task[None]:
         """Start the new app, make it the present one, and begin to retire the old one."""
-        new = _Mounted(app)
+        new = _MountedApp(app)
         try:
             await new.begin()
         except BaseException:
@@ -365,8 +358,8 @@ class InlineServer:
         await self._mounted(scope, receive, send)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that says when it listens."""
+class _SignallingUvicorn(uvicorn.Server):
+    """uvicorn that sets an event when it listens."""
 
     def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
         super().__init__(config)
@@ -378,15 +371,15 @@ class _Server(uvicorn.Server):
         self._ready.set()
 
 
-class _Mounted:
+class _MountedApp:
     """One app and its lifespan."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._state: dict[str, Any] = {}
         self._requests: set[asyncio.Task[Any]] = set()
-        self._nobody = asyncio.Event()
-        self._nobody.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._answers: dict[str, asyncio.Event] = {}
         self._failed = False
@@ -396,14 +389,14 @@ class _Mounted:
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
-        self._nobody.clear()
+        self._idle.clear()
         scope["state"] = self._state.copy()
         try:
             await self._app(scope, receive, send)
         finally:
             self._requests.discard(task)
             if not self._requests:
-                self._nobody.set()
+                self._idle.set()
 
     async def begin(self) -> None:
         """Run the app's startup. An app without a lifespan is fine."""
@@ -412,13 +405,13 @@ class _Mounted:
             "asgi": {"version": "3.0", "spec_version": "2.0"},
             "state": self._state,
         }
-        self._lifespan = asyncio.create_task(self._app(scope, self._inbox.get, self._hear))  # type: ignore[arg-type]
-        await self._tell("startup")
+        self._lifespan = asyncio.create_task(self._app(scope, self._inbox.get, self._receive))  # type: ignore[arg-type]
+        await self._send_event("startup")
         if self._failed:
             await self._lifespan  # raises what the app raised
             raise StartError("the app failed to start without saying why")
         if self._lifespan.done() and not self._lifespan.cancelled():
-            self._lifespan.exception()  # it has no lifespan, and said so by raising
+            self._lifespan.exception()  # it has no lifespan: it raised, which is read here
 
     async def retire(self, timeout: float, *, cancel: bool = False) -> None:
         """Let the requests inside finish, then run the app's shutdown: `timeout` seconds in all.
@@ -431,19 +424,19 @@ class _Mounted:
         deadline = loop.time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
-                await self._nobody.wait()
+                await self._idle.wait()
         except TimeoutError:
             if cancel:
                 await self._cancel_requests()
         await self.end(max(0.0, deadline - loop.time()))
 
     async def _cancel_requests(self) -> None:
-        """Cancel the requests inside, and give them a moment to answer."""
+        """Cancel the requests inside, and give them 0.3 s to answer."""
         for request in self._requests:
             request.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GRACE_S):
-                await self._nobody.wait()
+                await self._idle.wait()
 
     async def end(self, timeout: float) -> None:
         """Run the app's shutdown. Idempotent; requests that are still inside may finish."""
@@ -452,7 +445,7 @@ class _Mounted:
             return
         try:
             async with asyncio.timeout(timeout + _GRACE_S):
-                await self._tell("shutdown")
+                await self._send_event("shutdown")
                 await lifespan
         except TimeoutError:
             lifespan.cancel()
@@ -460,26 +453,26 @@ class _Mounted:
         except Exception as error:
             process_settings.keep(f"shutdown failed: {type(error).__name__}: {error}")
 
-    async def _tell(self, phase: str) -> None:
+    async def _send_event(self, phase: str) -> None:
         """Send one lifespan event; return when it is answered or the app has left."""
         assert self._lifespan is not None
-        heard = self._answers[phase] = asyncio.Event()
+        answered = self._answers[phase] = asyncio.Event()
         self._inbox.put_nowait({"type": f"lifespan.{phase}"})
-        waiter = asyncio.create_task(heard.wait())
+        waiter = asyncio.create_task(answered.wait())
         try:
             await asyncio.wait({waiter, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiter.cancel()
 
-    async def _hear(self, message: Message) -> None:
-        _, phase, verdict = message["type"].split(".")
-        self._failed = self._failed or (phase == "startup" and verdict == "failed")
-        if phase in self._answers:  # an app that is torn down may answer what nobody asked
+    async def _receive(self, message: Message) -> None:
+        _, phase, result = message["type"].split(".")
+        self._failed = self._failed or (phase == "startup" and result == "failed")
+        if phase in self._answers:  # an app that is torn down may send what it was not asked
             self._answers[phase].set()
 
 
 async def _finish(task: asyncio.Task[None]) -> None:
-    """Wait for a task that goes on if the waiting is given up."""
+    """Wait for a task, which goes on if the waiting is cancelled."""
     await asyncio.shield(task)
 
 

@@ -1,74 +1,50 @@
-"""Every knob: unit, default, range, meaning. Frozen; changed by replacement.
+"""Every knob: default, range, unit, meaning, which part of the package reads it, and from when it counts.
 
-A running server holds one `Settings`; changing a knob swaps the whole object, so that a decision
-never sees half a change. Every knob here is live: it takes effect from the next decision. What
-cannot change while a server runs (model, host, port, name) is an argument of `serve()` instead.
+A running server holds one `Settings`. Changing a knob replaces the whole object, so that no decision sees
+half a change. Every knob here is live: it counts from the next step. What cannot change while a server runs
+(model, host, port, name) is an option (`options.py`) and an argument of `serve()`.
 
-Times are in milliseconds here, because that is how people tune them; inside, everything is in
-seconds (`timeout_s`, `max_wait_s`).
+Times are in milliseconds here, because that is how people tune them. Inside the package they are seconds on
+a monotonic clock (`timeout_s`, `max_wait_s`).
+
+How to add a knob: a field of `Settings`, a line in `Knobs`, and the row in the README. The rest follows from
+them: `serve`, `tune`, `create_app`, the command, the environment, `/settings`, `/openapi.json` and the panel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Iterable, Mapping
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from serving_kit.errors import SettingError
+from serving_kit.values import UNSET, Flag, Number, Schema, Spec, Whole
 
 Auto = Literal["auto"]
+F = TypeVar("F", bound=Callable[..., object])
 
 
-@dataclass(frozen=True, slots=True)
-class Knob:
-    """What a person needs to know about one setting, and how to check a value for it."""
+class Knobs(TypedDict, total=False):
+    """The knobs as keyword arguments: some of the fields of `Settings`, in their order."""
 
-    doc: str
-    kind: type  # int, float or bool
-    low: float | None = None
-    high: float | None = None
-    unit: str = ""
-    auto: bool = False  # may also be the word "auto"
-    choices: tuple[int, ...] = ()
-
-    @property
-    def range(self) -> str:
-        """The values that this knob takes, in words."""
-        if self.kind is bool:
-            return "true or false"
-        if self.choices:
-            return " or ".join(map(str, self.choices))
-        noun = "a whole number" if self.kind is int else "a number"
-        unit = f" {self.unit}" if self.unit else ""
-        words = f"{noun} from {self.low:,.12g} to {self.high:,.12g}{unit}"
-        return f'{words}, or "auto"' if self.auto else words
-
-    def check(self, name: str, value: Any) -> Any:
-        """Return `value` in this knob's own type.
-
-        Raises:
-            SettingError: naming the knob, the value and the range.
-        """
-        value = as_python(value)
-        if self.auto and isinstance(value, str) and value == "auto":
-            return value
-        if self.kind is bool:
-            if isinstance(value, bool):
-                return value
-        elif not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-            whole = self.kind is not int or value == int(value)
-            fits = value in self.choices if self.choices else (self.low or 0) <= value <= (self.high or 0)
-            if whole and fits:
-                return self.kind(value)
-        raise SettingError(f"{name} must be {self.range}, got {value!r}")
+    max_batch_size: int
+    max_wait_ms: float
+    max_batch_tokens: int | Auto
+    max_queue_size: int
+    timeout_ms: float
+    group_by_length: bool
+    drop_hopeless: bool
+    overload_status: int
+    expose_errors: bool
+    max_body_bytes: int | Auto
 
 
-def _knob(default: Any, doc: str, kind: type, *bounds: float, **more: Any) -> Any:
-    low, high = bounds or (None, None)
-    return dataclasses.field(default=default, metadata={"knob": Knob(doc, kind, low, high, **more)})
+def _knob(spec: Spec) -> Any:
+    return dataclasses.field(default=spec.default, metadata={"spec": dataclasses.replace(spec, live=True)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,61 +52,91 @@ class Settings:
     """The knobs of one server.
 
     Raises:
-        SettingError: a value is outside its range; nothing is changed.
+        SettingError: a value is outside its range.
     """
 
-    max_batch_size: int = _knob(32, "most items in one forward", int, 1, 4096, unit="items")
+    max_batch_size: int = _knob(
+        Whole(1, 4096, default=32, unit="items", owner="scheduling", doc="most items in one step")
+    )
     max_wait_ms: float = _knob(
-        0.0,
-        "longest that the oldest item waits for company while the model is idle; "
-        "counted from its arrival, never restarted",
-        float,
-        0,
-        60_000,
-        unit="ms",
+        Number(
+            0,
+            60_000,
+            default=0.0,
+            unit="ms",
+            owner="scheduling",
+            doc="longest that the oldest item waits for company while the model is idle; "
+            "counted from its arrival, never restarted",
+        )
     )
     max_batch_tokens: int | Auto = _knob(
-        "auto",
-        "padded tokens (items x longest) in one forward; auto: learned from the deadline and the cost model",
-        int,
-        1,
-        100_000_000,
-        unit="tokens",
-        auto=True,
+        Whole(
+            1,
+            100_000_000,
+            default="auto",
+            unit="tokens",
+            auto=True,
+            owner="scheduling",
+            doc="padded tokens (items x longest) in one step; auto: learned from the deadline and the cost "
+            "model",
+        )
     )
     max_queue_size: int = _knob(
-        256, "items that may wait; the next one is refused at once", int, 1, 100_000, unit="items"
+        Whole(
+            1,
+            100_000,
+            default=256,
+            unit="items",
+            owner="scheduling",
+            doc="items that may wait; the next one is refused at once",
+        )
     )
     timeout_ms: float = _knob(
-        10_000.0,
-        "arrival to answer; a client may ask for less (X-Request-Timeout-Ms), never for more",
-        float,
-        1,
-        3_600_000,
-        unit="ms",
+        Number(
+            1,
+            3_600_000,
+            default=10_000.0,
+            unit="ms",
+            owner="engine",
+            doc="arrival to answer; a client may ask for less (X-Request-Timeout-Ms), never for more",
+        )
     )
-    group_by_length: bool = _knob(True, "batch like lengths together, always with the oldest item", bool)
-    drop_hopeless: bool = _knob(True, "refuse early what cannot be answered in time", bool)
+    group_by_length: bool = _knob(
+        Flag(default=True, owner="scheduling", doc="batch like lengths together, always with the oldest item")
+    )
+    drop_hopeless: bool = _knob(
+        Flag(default=True, owner="scheduling", doc="refuse early what cannot be answered in time")
+    )
     overload_status: int = _knob(
-        503,
-        "status of a refusal: 503, or 429 for clients that retry 503 without pause",
-        int,
-        choices=(503, 429),
+        Whole(
+            choices=(503, 429),
+            default=503,
+            owner="http",
+            doc="status of a refusal: 503, or 429 for clients that retry 503 without pause",
+        )
     )
-    expose_errors: bool = _knob(False, "show clients the exception text instead of only an incident id", bool)
+    expose_errors: bool = _knob(
+        Flag(
+            default=False,
+            owner="http",
+            doc="show clients the exception text instead of only an incident id",
+        )
+    )
     max_body_bytes: int | Auto = _knob(
-        "auto",
-        "longest request body; auto: 1 MiB for text, 32 MiB for media",
-        int,
-        1,
-        2**31,
-        unit="bytes",
-        auto=True,
+        Whole(
+            1,
+            2**31,
+            default="auto",
+            unit="bytes",
+            auto=True,
+            owner="http",
+            doc="longest request body; auto: 1 MiB for text, 32 MiB for media",
+        )
     )
 
     def __post_init__(self) -> None:
-        for name, knob in KNOBS.items():
-            object.__setattr__(self, name, knob.check(name, getattr(self, name)))
+        for name, spec in KNOBS.items():
+            object.__setattr__(self, name, spec.check(name, getattr(self, name)))
 
     @property
     def max_wait_s(self) -> float:
@@ -142,7 +148,7 @@ class Settings:
         """`timeout_ms` in seconds."""
         return self.timeout_ms / 1000
 
-    def replace(self, /, **changes: Any) -> Settings:
+    def replace(self, /, **changes: Unpack[Knobs]) -> Settings:
         """A copy with some knobs changed; `self` stays as it is.
 
         Raises:
@@ -156,17 +162,15 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-KNOBS: Mapping[str, Knob] = {f.name: f.metadata["knob"] for f in dataclasses.fields(Settings)}
+KNOBS: Mapping[str, Spec] = {f.name: f.metadata["spec"] for f in dataclasses.fields(Settings)}
 
 
-def as_python(value: Any) -> Any:
-    """A numpy number as Python's own; anything else as it is."""
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return value.item()
-    return value
+def settings_schema() -> dict[str, Schema]:
+    """The JSON schema of each knob."""
+    return {name: spec.schema() for name, spec in KNOBS.items()}
 
 
-def refuse_unknown(names: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+def refuse_unknown(names: Iterable[object], others: Iterable[str] = ()) -> None:
     """Raise `SettingError` for the first name that is not a knob, with the nearest one that is.
 
     Args:
@@ -178,3 +182,33 @@ def refuse_unknown(names: Mapping[str, Any], others: Iterable[str] = ()) -> None
             near = difflib.get_close_matches(str(name), [*KNOBS, *others], n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; the knobs are {', '.join(KNOBS)}"
             raise SettingError(f"there is no setting named {str(name)[:60]!r}{hint}")
+
+
+def with_knobs(*, defaults: bool) -> Callable[[F], F]:
+    """Show the knobs as keyword arguments in the signature of a function that takes `**knobs: Unpack[Knobs]`.
+
+    Type checkers read `Knobs`. Jupyter's Tab and Shift+Tab, and `help()`, read the signature. The function
+    still gets only the knobs that were given, and unknown names too.
+
+    Args:
+        defaults: Whether a knob that is not given has its default. False: it stays as it is, shown as `...`.
+    """
+    types = typing.get_type_hints(Knobs)
+    knobs = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=spec.default if defaults else UNSET,
+            annotation=types[name],
+        )
+        for name, spec in KNOBS.items()
+    ]
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function, eval_str=True)
+        named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        shown = signature.replace(parameters=[*named, *knobs])
+        function.__signature__ = shown  # type: ignore[attr-defined]
+        return function
+
+    return decorate

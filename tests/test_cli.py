@@ -24,7 +24,7 @@ def test_help_lists_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
     for name, knob in KNOBS.items():
         assert f"--{name.replace('_', '-')}" in words
         assert knob.doc[:40] in words
-    assert "--max-batch-size ITEMS most items in one forward" in words
+    assert "--max-batch-size ITEMS most items in one step" in words
 
 
 @pytest.mark.light

@@ -76,7 +76,7 @@ def test_serve_ignores_environment(serve: Any, monkeypatch: pytest.MonkeyPatch) 
         ("SERVING_KIT_MAX_BATCH_SIZE", "0", "max_batch_size must be a whole number from 1 to 4,096"),
         ("SERVING_KIT_MAX_WAIT_MS", "soon", "max_wait_ms must be a number"),
         ("SERVING_KIT_GROUP_BY_LENGTH", "maybe", "group_by_length must be true or false"),
-        ("SERVING_KIT_PORT", "99999", "port must be a whole number from 0 to 65,535"),
+        ("SERVING_KIT_PORT", "99999", "port must be a whole number from 0 to 65535"),
         ("SERVING_KIT_DRAIN_S", "-1", "drain_s must be a number from 0"),
         ("SERVING_KIT_THREADS", "0", "threads must be a whole number from 1"),
         ("SERVING_KIT_SETTINGS", "/no/such/file.toml", "/no/such/file.toml: it cannot be read"),

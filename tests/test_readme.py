@@ -1,4 +1,4 @@
-"""The README's commands, Python code and table of knobs."""
+"""The README's commands and Python code."""
 
 import json
 import re
@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("torch")
 
 import serving_kit
-from serving_kit.settings import KNOBS, Settings
 from tests.support import REPOSITORY, until
 from tests.support_http import free_port
 
@@ -28,20 +27,6 @@ def commands() -> list[str]:
     """What follows a `$`, with its continuation lines."""
     text = "\n".join(blocks("console"))
     return [re.sub(r"\s*\\\n\s*", " ", found) for found in re.findall(r"^\$ ((?:.*\\\n)*.*)", text, re.M)]
-
-
-def knob_table() -> str:
-    rows = ["| knob | default | range | meaning |", "|---|---|---|---|"]
-    for name, knob in KNOBS.items():
-        default = json.dumps(getattr(Settings(), name)).strip('"')
-        rows.append(f"| `{name}` | {default} | {knob.range} | {knob.doc} |")
-    return "\n".join(rows)
-
-
-def test_knob_table() -> None:
-    table = re.search(r"<!-- knobs -->\n(.*?)\n<!-- /knobs -->", README, re.DOTALL)
-    assert table is not None
-    assert table[1] == knob_table()
 
 
 def test_make_targets() -> None:

@@ -1,7 +1,8 @@
-"""Knobs: ranges, error messages, conversion, JSON."""
+"""`Settings`: ranges, defaults, changes, schema."""
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving_kit.errors import SettingError
-from serving_kit.settings import KNOBS, Settings
+from serving_kit.settings import KNOBS, Settings, settings_schema
+from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.light
 
@@ -31,12 +33,31 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_bad_value(name: str) -> None:
+    """The message names the knob, the range and the value."""
     knob = KNOBS[name]
     assert knob.doc
     for bad in ("x", None, [], float("nan"), float("inf"), -1, 10**12, 1.5 if knob.kind is int else "1"):
         with pytest.raises(SettingError) as caught:
             Settings(**{name: bad})
         assert str(caught.value) == f"{name} must be {knob.range}, got {bad!r}"
+
+
+def test_schema_of_each_knob() -> None:
+    for name, schema in settings_schema().items():
+        assert schema["x-live"] is True
+        assert schema["x-owner"] in ("http", "engine", "scheduling")
+        assert schema["default"] == getattr(Settings(), name)
+
+
+def test_table_in_readme() -> None:
+    rows = ["| knob | default | range | meaning |", "|---|---|---|---|"]
+    for name, knob in KNOBS.items():
+        default = json.dumps(knob.default).strip('"')
+        rows.append(f"| `{name}` | {default} | {knob.range} | {knob.doc} |")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- knobs -->\n(.*?)\n<!-- /knobs -->", readme, re.DOTALL)
+    assert table is not None
+    assert table[1] == "\n".join(rows)
 
 
 def test_bounds_are_inclusive() -> None:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving_kit.metrics import HISTORY_S
-from serving_kit.models.tasks import TASKS
-from serving_kit.settings import KNOBS, Knob, Settings
+from serving_kit.models.tasks import TASKS, parameters_schema
+from serving_kit.settings import settings_schema
 
-_TYPES: Mapping[type, str] = {int: "integer", float: "number", bool: "boolean"}
 _METRICS = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
 _REFUSALS: Mapping[int, str] = {
     400: "The request cannot be read; the text says what is wrong.",
@@ -140,22 +139,13 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
                 "Inputs": {
                     "oneOf": [
                         {"type": "string", "minLength": 1},
-                        {
-                            "type": "object",
-                            "required": ["inputs"],
-                            "additionalProperties": False,
-                            "properties": {
-                                "inputs": {"description": "One input, or a list of them."},
-                                "parameters": {"type": ["object", "null"]},
-                                "options": {},
-                            },
-                        },
+                        _inputs_object(parameters_schema(task)),
                     ]
                 },
                 "Settings": {
                     "type": "object",
                     "additionalProperties": False,
-                    "properties": describe_knobs(),
+                    "properties": settings_schema(),
                 },
                 "Incident": {
                     "type": "object",
@@ -192,21 +182,23 @@ def describe(task: str, model: str, version: str) -> dict[str, Any]:
     }
 
 
-def describe_knobs() -> dict[str, Any]:
-    """A JSON schema for each knob, with its meaning and its unit."""
-    return {name: _knob(name, knob) for name, knob in KNOBS.items()}
-
-
-def _knob(name: str, knob: Knob) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": _TYPES[knob.kind]}
-    if knob.choices:
-        schema["enum"] = list(knob.choices)
-    elif knob.low is not None and knob.high is not None:
-        schema |= {"minimum": knob.low, "maximum": knob.high}
-    if knob.auto:
-        schema = {"oneOf": [schema, {"const": "auto"}]}
-    unit = {"x-unit": knob.unit} if knob.unit else {}
-    return {**schema, "description": knob.doc, "default": getattr(Settings(), name), **unit}
+def _inputs_object(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a JSON body with inputs; None: any parameters."""
+    required = ["inputs", "parameters"] if parameters and "required" in parameters else ["inputs"]
+    if parameters is None:
+        parameters = {"type": ["object", "null"]}
+    elif "required" not in parameters:
+        parameters = {"oneOf": [parameters, {"type": "null"}]}
+    return {
+        "type": "object",
+        "required": required,
+        "additionalProperties": False,
+        "properties": {
+            "inputs": {"description": "One input, or a list of them."},
+            "parameters": parameters,
+            "options": {},
+        },
+    }
 
 
 def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:

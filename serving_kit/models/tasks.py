@@ -15,15 +15,25 @@ Not here: running the task (`pipeline.py`), the shape of the answer for each cli
 from __future__ import annotations
 
 import inspect
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serving_kit.errors import MalformedRequest, StartError
 from serving_kit.models import media
-
-Check = Callable[[Any], str | None]  # None: fine; else what the value must be
+from serving_kit.values import (
+    Flag,
+    Members,
+    Number,
+    Schema,
+    Spec,
+    Template,
+    Text,
+    Texts,
+    Whole,
+    object_schema,
+    shown,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +44,12 @@ class Task:
     """
 
     pipeline: str  # the class in `transformers.pipelines` whose steps it was written for
-    parameters: Mapping[str, Check] = field(default_factory=dict)
+    parameters: Mapping[str, Spec] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     inputs: str = "a string"
     takes: tuple[type, ...] = (str,)
     members: tuple[str, ...] = ()  # of an object input: strings, the first of them required
-    batches: bool = True  # whether several inputs may share a forward
+    batches: bool = True  # whether several inputs may share a step
     media: Callable[[Any], Any] | None = None  # makes an image or sound of what a client sends
 
     def check_input(self, value: Any) -> None:
@@ -49,17 +59,17 @@ class Task:
             known = self.members[0] in value and value.keys() <= set(self.members)
             fits = known and all(isinstance(each, str) for each in value.values())
         if not fits:
-            raise MalformedRequest(f"inputs must be {self.inputs}, got {_short(value)}")
+            raise MalformedRequest(f"inputs must be {self.inputs}, got {shown(value)}")
 
     def check_parameters(self, given: Mapping[str, Any]) -> None:
         """Raise `MalformedRequest` for the first parameter that is unknown, missing or impossible."""
         for name, value in given.items():
-            check = self.parameters.get(name)
-            if check is None:
+            spec = self.parameters.get(name)
+            if spec is None:
                 known = ", ".join(self.parameters) or "none"
-                raise MalformedRequest(f"unknown parameter {_short(name)}; this task takes {known}")
-            if (needs := check(value)) is not None:
-                raise MalformedRequest(f"parameter {name} must be {needs}, got {_short(value)}")
+                raise MalformedRequest(f"unknown parameter {shown(name)}; this task takes {known}")
+            if problem := spec.problem(value):
+                raise MalformedRequest(f"parameter {name} must be {problem}, got {shown(value)}")
         for name in self.required:
             if name not in given:
                 example = f'{{"inputs": ..., "parameters": {{"{name}": ...}}}}'
@@ -67,155 +77,48 @@ class Task:
 
     def typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Checked parameters in the types that pipelines want: JSON's 1 is their 1.0."""
-        return {
-            name: float(value) if isinstance(self.parameters[name], number) else value
-            for name, value in given.items()
-        }
+        return {name: self.parameters[name].typed(value) for name, value in given.items()}
 
 
-def whole(low: int, high: int) -> Check:
-    """A whole number in a closed range."""
-
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        return None if fits else f"a whole number from {low} to {high}"
-
-    return check
-
-
-@dataclass(frozen=True, slots=True)
-class number:
-    """A number in a closed range."""
-
-    low: float
-    high: float
-
-    def __call__(self, value: Any) -> str | None:
-        """None if it is one, else what it must be."""
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = fits and self.low <= value <= self.high
-        return None if fits else f"a number from {self.low:g} to {self.high:g}"
-
-
-def flag(value: Any) -> str | None:
-    """Either true or false."""
-    return None if isinstance(value, bool) else "true or false"
-
-
-def choice(*words: str) -> Check:
-    """One of some words."""
-
-    def check(value: Any) -> str | None:
-        return None if value in words else f"one of {', '.join(words)}"
-
-    return check
-
-
-def text(most: int = 1000) -> Check:
-    """A string that is not empty."""
-
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, str) and 0 < len(value) <= most
-        return None if fits else f"a string of 1 to {most} characters"
-
-    return check
-
-
-def texts(most: int, *, or_one: bool = True) -> Check:
-    """A list of strings that are not empty; or one such string."""
-
-    def check(value: Any) -> str | None:
-        many = [value] if or_one and isinstance(value, str) else value
-        fits = isinstance(many, list) and 0 < len(many) <= most
-        if fits and all(isinstance(each, str) and 0 < len(each) <= 1000 for each in many):
-            return None
-        return f"a list of 1 to {most} strings of 1 to 1000 characters"
-
-    return check
-
-
-def labels(most: int) -> Check:
-    """A list of strings that are not empty; or one such string, which the pipeline cuts at its commas."""
-    listed = texts(most)
-
-    def check(value: Any) -> str | None:
-        if isinstance(value, str):
-            value = [each for each in value.split(",") if each.strip()]
-        return listed(value)
-
-    return check
-
-
-def template(value: Any) -> str | None:
-    """A hypothesis template: exactly one `{}`, no other braces."""
-    fits = isinstance(value, str) and len(value) <= 1000 and value.count("{}") == 1
-    return None if fits and "{" not in value.replace("{}", "") else "a string with exactly one {} in it"
-
-
-def optional(check: Check) -> Check:
-    """Either null, or what `check` says."""
-
-    def checked(value: Any) -> str | None:
-        needs = None if value is None else check(value)
-        return needs and f"null or {needs}"
-
-    return checked
-
-
-def options(**checks: Check) -> Check:
-    """A JSON object with some of these members."""
-
-    def check(value: Any) -> str | None:
-        needs = f"an object with some of {', '.join(checks)}"
-        if not isinstance(value, dict) or not value.keys() <= checks.keys():
-            return needs
-        for name, each in value.items():
-            if (why := checks[name](each)) is not None:
-                return f"{needs}, where {name} is {why}"
-        return None
-
-    return check
-
-
-_TOKENS = whole(1, 1_000_000)
-_TRUNCATION: Mapping[str, Check] = {"truncation": flag, "max_length": _TOKENS}
-_GENERATION: Mapping[str, Check] = {
-    "max_new_tokens": whole(1, 4096),
-    "min_new_tokens": whole(0, 4096),
-    "do_sample": flag,
-    "temperature": number(0.01, 100),
-    "top_k": whole(0, 1000),
-    "top_p": number(1e-6, 1),
-    "min_p": number(0, 1),
-    "typical_p": number(1e-6, 1),
-    "repetition_penalty": number(1e-3, 100),
-    "length_penalty": number(-100, 100),
-    "no_repeat_ngram_size": whole(0, 100),
-    "num_beams": whole(1, 16),
-    "num_return_sequences": whole(1, 16),
-    "early_stopping": flag,
-    "return_full_text": flag,
-    "stop_sequence": texts(8),
-    "truncation": flag,
+_TOKENS = Whole(1, 1_000_000)
+_TRUNCATION: Mapping[str, Spec] = {"truncation": Flag(), "max_length": _TOKENS}
+_GENERATION: Mapping[str, Spec] = {
+    "max_new_tokens": Whole(1, 4096),
+    "min_new_tokens": Whole(0, 4096),
+    "do_sample": Flag(),
+    "temperature": Number(0.01, 100),
+    "top_k": Whole(0, 1000),
+    "top_p": Number(1e-6, 1),
+    "min_p": Number(0, 1),
+    "typical_p": Number(1e-6, 1),
+    "repetition_penalty": Number(1e-3, 100),
+    "length_penalty": Number(-100, 100),
+    "no_repeat_ngram_size": Whole(0, 100),
+    "num_beams": Whole(1, 16),
+    "num_return_sequences": Whole(1, 16),
+    "early_stopping": Flag(),
+    "return_full_text": Flag(),
+    "stop_sequence": Texts(high=8, or_one=True),
+    "truncation": Flag(),
 }
 
-_CLASSES: Mapping[str, Check] = {
-    "top_k": optional(whole(1, 1000)),
-    "function_to_apply": choice("sigmoid", "softmax", "none"),
+_CLASSES: Mapping[str, Spec] = {
+    "top_k": Whole(1, 1000, null=True),
+    "function_to_apply": Text(choices=("sigmoid", "softmax", "none")),
 }
 
 TASKS: Mapping[str, Task] = {
     "fill-mask": Task(
         "FillMaskPipeline",
-        {"top_k": whole(1, 1000), "targets": texts(1000), "tokenizer_kwargs": options(**_TRUNCATION)},
+        {
+            "top_k": Whole(1, 1000),
+            "targets": Texts(high=1000, or_one=True),
+            "tokenizer_kwargs": Members(members=_TRUNCATION),
+        },
     ),
     "text-classification": Task(
         "TextClassificationPipeline",
-        {
-            "top_k": optional(whole(1, 1000)),
-            "function_to_apply": choice("sigmoid", "softmax", "none"),
-            **_TRUNCATION,
-        },
+        {**_CLASSES, **_TRUNCATION},
         inputs="a string, or an object with text and text_pair",
         takes=(str, dict),
         members=("text", "text_pair"),
@@ -223,18 +126,22 @@ TASKS: Mapping[str, Task] = {
     "token-classification": Task(
         "TokenClassificationPipeline",
         {
-            "aggregation_strategy": choice("none", "simple", "first", "average", "max"),
-            "ignore_labels": texts(1000, or_one=False),
-            "stride": whole(0, 128),
+            "aggregation_strategy": Text(choices=("none", "simple", "first", "average", "max")),
+            "ignore_labels": Texts(high=1000),
+            "stride": Whole(0, 128),
         },
     ),
     "zero-shot-classification": Task(
         "ZeroShotClassificationPipeline",
-        {"candidate_labels": labels(100), "hypothesis_template": template, "multi_label": flag},
+        {
+            "candidate_labels": Texts(high=100, commas=True),
+            "hypothesis_template": Template(),
+            "multi_label": Flag(),
+        },
         required=("candidate_labels",),
     ),
     "feature-extraction": Task(
-        "FeatureExtractionPipeline", {"truncation": flag, "tokenize_kwargs": options(**_TRUNCATION)}
+        "FeatureExtractionPipeline", {"truncation": Flag(), "tokenize_kwargs": Members(members=_TRUNCATION)}
     ),
     "text-generation": Task("TextGenerationPipeline", _GENERATION),
     "text-to-audio": Task("TextToAudioPipeline", batches=False),
@@ -242,11 +149,11 @@ TASKS: Mapping[str, Task] = {
         "ImageClassificationPipeline", _CLASSES, takes=(object,), batches=False, media=media.image
     ),
     "image-feature-extraction": Task(
-        "ImageFeatureExtractionPipeline", {"pool": flag}, takes=(object,), batches=False, media=media.image
+        "ImageFeatureExtractionPipeline", {"pool": Flag()}, takes=(object,), batches=False, media=media.image
     ),
     "object-detection": Task(
         "ObjectDetectionPipeline",
-        {"threshold": number(0, 1)},
+        {"threshold": Number(0, 1)},
         takes=(object,),
         batches=False,
         media=media.image,
@@ -272,6 +179,16 @@ _OPENS = "its pipeline may open the paths and addresses that clients send"
 def task_name(name: str) -> str:
     """The name of a task in `TASKS`, for another one that `transformers` takes."""
     return _OTHER_NAMES.get(name, name)
+
+
+def parameters_schema(task: str) -> Schema | None:
+    """The JSON schema of the object with the parameters of a request.
+
+    Args:
+        task: A name that `transformers` takes. None is returned for others: a function's are not known.
+    """
+    known = TASKS.get(task_name(task))
+    return None if known is None else object_schema(known.parameters, known.required)
 
 
 def contract(pipe: Any) -> Task:
@@ -319,9 +236,3 @@ def _takes_text_first(processor: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return first.name == "text"
-
-
-def _short(value: Any) -> str:
-    """A client's value, safe to repeat to that client; however large, it takes no time."""
-    words = reprlib.repr(value)
-    return words if len(words) <= 60 else f"{words[:57]}..."

@@ -33,14 +33,13 @@ from typing import Any, Protocol
 import orjson
 
 from serving_kit.errors import SettingError, Unavailable
-from serving_kit.http.openapi import describe_knobs
 from serving_kit.log import ServerLog
 from serving_kit.notebook import process_settings
 from serving_kit.notebook.addresses import browser_address
 from serving_kit.notebook.static_html import card
 from serving_kit.records import BatchReason, Incident
 from serving_kit.service import make_incident
-from serving_kit.settings import KNOBS, Settings
+from serving_kit.settings import KNOBS, Settings, settings_schema
 
 THREAD_NAME = process_settings.THREAD_PREFIX + "panel"
 SECONDS = 120  # what the charts show
@@ -142,7 +141,7 @@ class Panel:
             self.controls = controls()
             _take_replies_anywhere(self.controls)
             self.controls.on_msg(functools.partial(_answer, weakref.ref(self)))
-            self.widget = frames(controls=self.controls, knobs=describe_knobs(), frame=self._frame())
+            self.widget = frames(controls=self.controls, knobs=settings_schema(), frame=self._frame())
         else:
             self.widget = _plain_sliders(self._server)
 

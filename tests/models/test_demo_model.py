@@ -9,12 +9,14 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from transformers import pipeline
 
+from serving_kit.models.tasks import TASKS
 from tests.support import REPOSITORY
 
 MODEL_FOLDER = REPOSITORY / "serving_kit" / "demo_model"
@@ -91,3 +93,9 @@ def test_is_small_enough_to_be_bundled() -> None:
 )
 def test_licence_texts_are_there(file: str, phrase: str) -> None:
     assert phrase in (MODEL_FOLDER / file).read_text(encoding="utf-8")
+
+
+def test_openapi_lists_its_parameters(serve: Any) -> None:
+    text = httpx.get(f"{serve(None).url}/openapi.json").text
+    for name in TASKS["fill-mask"].parameters:
+        assert f'"{name}"' in text

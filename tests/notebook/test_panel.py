@@ -233,7 +233,7 @@ def test_while_a_newer_run_loads_the_panel_says_so(server, monkeypatch):
         seen.append(frame(panel)["state"])
         raise serving_kit.StartError("no such model")
 
-    monkeypatch.setattr("serving_kit.server.load_model", load)
+    monkeypatch.setattr("serving_kit.models.loading.load_model", load)
     with pytest.raises(serving_kit.StartError):
         serving_kit.serve("no/such", port=0)
     assert seen == ["ready"]
