@@ -3,13 +3,15 @@
 #   make test     all tests that this machine can run
 #   make lab      JupyterLab on the notebooks
 #   make lint     formatter, linter, types, layers
-#   make soak     100,000 requests while everything goes wrong: nothing may be lost; up to five minutes
+#   make soak     100,000 requests with faults of every kind: each has one outcome; up to five minutes
 #   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
+#                 BENCH_ARGS='--against COMMIT': against another commit of this project, 15 minutes
+#   make measure  sizes of functions and classes, `Any`, layout of the tests; MEASURE_ARGS='--commit COMMIT'
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo lab test lint format soak bench clean
+.PHONY: install demo lab test lint format soak bench measure clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -44,9 +46,13 @@ format: install
 soak: install
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 
+# Only a comparison with other servers needs them installed.
 bench: install
-	benchmarks/setup.sh
+	$(if $(findstring --against,$(BENCH_ARGS)),,benchmarks/setup.sh)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+measure: install
+	$(BIN)/python scripts/measure_code.py $(MEASURE_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist .out

@@ -4,7 +4,7 @@
 
 A process stands for the kernel: it serves a model and its main thread either sleeps or counts in pure
 Python, which holds the interpreter's lock. Another process sends 100 requests, one after the other.
-Then the same loop counts with and without a server that nobody asks.
+Then the same loop counts with and without an idle server.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The load generator: a process of its own, on a core of its own. One job in (stdin), one result out.
 
-Open loop: the arrival times are planned before the first one is sent, and latency counts from the
-planned time, so that a server cannot look better by making its clients wait. Closed loop: n clients
-that ask again as soon as they are answered, and 100 ms after they were refused.
+Open loop: the arrival times are planned before the first request is sent, and latency counts from the
+planned time, so a server does not look better by delaying its clients. Closed loop: n clients that send
+the next request as soon as they are answered, and 100 ms after a refusal.
 
-Raw HTTP/1.1 over keep-alive connections with a parser of twenty lines, because the generator must
-never be what is measured: it reports its own lag, and a run in which that was large is void.
+Raw HTTP/1.1 over keep-alive connections with a parser of twenty lines, because the generator must not be
+the bottleneck: it reports its own lag, and a run in which that was large is void.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-clock = time.perf_counter  # uvloop's own time stands still between its iterations
+clock = time.perf_counter  # uvloop's own time is constant during an iteration of the loop
 LOST, UNANSWERED = "lost", "unanswered"
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _MOST_SOCKETS = 6_000
@@ -70,8 +70,8 @@ class Connection(asyncio.Protocol):
         self._head = b""
         self._missing = -1  # bytes of the body; below zero: the head is not complete
 
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance
 
     @property
     def open(self) -> bool:
@@ -113,7 +113,7 @@ class Connection(asyncio.Protocol):
 
 
 class Texts:
-    """Requests, ready to send, in an order that the seed decides."""
+    """Encoded requests in an order that depends on the seed."""
 
     def __init__(self, job: Job) -> None:
         texts = json.loads(Path(job.texts).read_text())
@@ -135,55 +135,68 @@ def _request(job: Job, text: str) -> bytes:
     return head.encode() + body
 
 
-async def open_loop(job: Job) -> tuple[list[Sample], float]:
-    """Send at the planned times, whatever the server does. Returns the samples and the start."""
-    loop = asyncio.get_running_loop()
-    texts = Texts(job)
-    idle: list[Connection] = []
-    everybody: list[Connection] = []
-    overdue: list[tuple[bytes, Sample]] = []  # waiting for a socket: late, never left out
-    opening: set[asyncio.Task[None]] = set()
+class OpenLoop:
+    """Requests at planned times, whatever the server does."""
 
-    def free(connection: Connection) -> None:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._texts = Texts(job)
+        self._connections: list[Connection] = []
+        self._idle: list[Connection] = []
+        self._overdue: deque[tuple[bytes, Sample]] = deque()  # waiting for a socket: late, never left out
+        self._opening: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> tuple[list[Sample], float]:
+        """Returns the samples and the start."""
+        for _ in range(_OPENED_EARLY):
+            await self._connect()
+        start = clock() + 0.1
+        samples = []
+        for at in arrivals(self._job):
+            await _until(start + at)
+            request, tokens = self._texts.next()
+            sample = Sample(start + at, tokens)
+            samples.append(sample)
+            self._send(request, sample)
+            if self._overdue and len(self._overdue) % 32 == 0:
+                await asyncio.sleep(0)  # answers are read also when the generator is behind schedule
+        await self._wait_for_stragglers(samples)
+        for connection in self._connections:
+            connection.close()
+        return samples, start
+
+    async def _connect(self) -> None:
+        loop, port = asyncio.get_running_loop(), self._job.port
+        _, connection = await loop.create_connection(lambda: Connection(self._free), "127.0.0.1", port)
+        self._connections.append(connection)
+        self._free(connection)
+
+    def _free(self, connection: Connection) -> None:
+        """Take a connection back; overdue requests go first."""
         if connection.open:
-            idle.append(connection)
-        while overdue and idle:
-            idle.pop().ask(*overdue.pop(0))
+            self._idle.append(connection)
+        while self._overdue and self._idle:
+            self._idle.pop().ask(*self._overdue.popleft())
 
-    async def connect() -> None:
-        _, connection = await loop.create_connection(lambda: Connection(free), "127.0.0.1", job.port)
-        everybody.append(connection)
-        free(connection)
+    def _send(self, request: bytes, sample: Sample) -> None:
+        """Send on an idle connection; without one open another and send when one is free."""
+        while self._idle and not self._idle[-1].open:
+            self._idle.pop()
+        if self._idle:
+            self._idle.pop().ask(request, sample)
+            return
+        self._overdue.append((request, sample))
+        if len(self._connections) + len(self._opening) < _MOST_SOCKETS:
+            task = asyncio.get_running_loop().create_task(self._connect())
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
 
-    for _ in range(_OPENED_EARLY):
-        await connect()
-    start = clock() + 0.1
-    samples = []
-    for at in arrivals(job):
-        await _until(start + at)
-        request, tokens = texts.next()
-        sample = Sample(start + at, tokens)
-        samples.append(sample)
-        while idle and not idle[-1].open:
-            idle.pop()
-        if idle:
-            idle.pop().ask(request, sample)
-            continue
-        overdue.append((request, sample))
-        if len(everybody) + len(opening) < _MOST_SOCKETS:
-            task = loop.create_task(connect())
-            opening.add(task)
-            task.add_done_callback(opening.discard)
-        if len(overdue) % 32 == 0:
-            await asyncio.sleep(0)  # behind schedule is when the answers must still be read
-    patience = clock() + _STRAGGLER_SLOS * job.slo_ms / 1000
-    for _ in range(1_000):
-        if clock() > patience or all(sample.status != UNANSWERED for sample in samples):
-            break
-        await asyncio.sleep(0.02)
-    for connection in everybody:
-        connection.close()
-    return samples, start
+    async def _wait_for_stragglers(self, samples: Sequence[Sample]) -> None:
+        deadline = clock() + _STRAGGLER_SLOS * self._job.slo_ms / 1000
+        for _ in range(1_000):
+            if clock() > deadline or all(sample.status != UNANSWERED for sample in samples):
+                return
+            await asyncio.sleep(0.02)
 
 
 async def _until(moment: float) -> None:
@@ -289,7 +302,7 @@ def _ms(seconds: float | None) -> float | None:
 
 def main() -> None:
     job = Job(**json.load(sys.stdin))
-    gc.disable()  # a collection is a pause, and the process lives for seconds
+    gc.disable()  # a collection is a pause, and the process runs for seconds
     try:
         import uvloop
 
@@ -297,7 +310,7 @@ def main() -> None:
     except ImportError:
         loop_factory = None
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        samples, start = runner.run(closed_loop(job) if job.clients else open_loop(job))
+        samples, start = runner.run(closed_loop(job) if job.clients else OpenLoop(job).run())
     json.dump(summarise(samples, job, start), sys.stdout)
 
 

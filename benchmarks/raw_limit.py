@@ -1,7 +1,7 @@
 """What one core can answer at most: the model that ours runs, ideal batches, no server around it.
 
-Every text is known beforehand, sorted by length, and cut into the batches that cost least. Prints texts
-per second; `run.py` starts it on the core that the servers get.
+All texts are known in advance, sorted by length, and cut into the batches that cost least. Prints texts per
+second; `run.py` starts it on the core of the servers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import time
 import models
 import torch
 
+from serving_kit.model import Part
 from serving_kit.models.loading import load_model
 from serving_kit.scheduling.cost import CostModel
-from serving_kit.scheduling.scheduler import cheapest_cuts
+from serving_kit.scheduling.grouping import cheapest_cuts
 
 _MOST = 32  # items in one batch, as in ours
 
@@ -31,13 +32,14 @@ def main() -> None:
     best = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        prepared = sorted((model.prepare(text, {}) for text in texts), key=lambda each: each.tokens)
-        cuts = cheapest_cuts([each.tokens for each in prepared], _MOST, 100_000, cost.a, cost.b)
+        prepared = sorted((model.prepare(text, {}) for text in texts), key=lambda each: each.work.tokens)
+        cuts = cheapest_cuts([each.work.tokens for each in prepared], _MOST, 100_000, cost.a, cost.b)
         end = len(prepared)
         while end:
             batch = prepared[end - cuts[end] : end]
-            for output, each in zip(model.forward(batch), batch, strict=True):
-                model.finish(output, each)
+            results = model.step([Part(each, each.work.tokens) for each in batch])
+            for result, each in zip(results, batch, strict=True):
+                model.finish(each, result.output)
             end -= cuts[end]
         best = max(best, len(texts) / (time.perf_counter() - start))
     print(best)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+from text_table import ms, table
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
@@ -44,7 +45,7 @@ def main() -> None:
     (out / "README.md").write_text(f"{head}{BEGIN}\n\n{text(results)}\n{END}{tail}")
 
 
-# -- words and tables ------------------------------------------------------------------------------
+# -- text and tables ------------------------------------------------------------------------------
 
 
 def text(results: Mapping[str, Any]) -> str:
@@ -55,15 +56,15 @@ def text(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`, {results['date']}, {results.get('minutes', '?')} minutes. "
         f"{where['cpu']}, {where['cores']} cores; {where['system']}, Python {where['python']}; {versions}. "
         f"SLO {results['slo_ms']:.0f} ms.",
-        "### What was to be held",
-        table(["what", "bar", "measured", ""], verdicts(results)),
+        "### Targets",
+        table(["what", "target", "measured", ""], targets(results)),
         "![goodput against offered load](goodput.svg)",
         "![p99 against offered load](p99.svg)",
     ]
     for name, task in results["tasks"].items():
         parts += [
             f"### {name}",
-            f"1x is {task['unit_per_s']:.1f}/s, what the guide's server answers to one client. "
+            f"1x is {task['unit_per_s']:.1f}/s, the throughput of the guide's server with one client. "
             f"Tuned batch sizes: {pairs(task['batch_sizes'])}. {knees(task)}",
             "Closed loop: answers per second (p50 / p99 in ms).",
             closed_table(task),
@@ -116,29 +117,19 @@ def noop_table(runs: Mapping[str, Run]) -> str:
     return table(["server", "answers/s, 32 clients", "p50 ms", "p99 ms"], rows)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def void(run: Run) -> str:
     return " void" if run["void"] else ""
 
 
-# -- the bars --------------------------------------------------------------------------------------
+# -- targets --------------------------------------------------------------------------------------
 
 
-def verdicts(results: Mapping[str, Any]) -> list[list[str]]:
-    """One row for each bar that this run can speak about."""
+def targets(results: Mapping[str, Any]) -> list[list[str]]:
+    """One row for each target that this run has measured."""
     rows = []
     for name, task in results["tasks"].items():
         if OURS in task["open"]:
@@ -149,7 +140,7 @@ def verdicts(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def throughput(name: str, task: Task) -> list[list[str]]:
-    """Ours beside the best peer."""
+    """Ours and the best peer."""
     rows = []
     peers = [peer for peer in task["open"] if peer != OURS]
     if peers and name == "fill-mask":
@@ -171,13 +162,13 @@ def throughput(name: str, task: Task) -> list[list[str]]:
 
 
 def overload(name: str, task: Task) -> list[list[str]]:
-    """What ours does when too much is asked of it."""
+    """Ours under overload."""
     rows = []
     beyond = task["beyond_knee"]
-    for multiple, bar in (("2", 0.95), ("5", 0.90), ("10", 0.85)):
+    for multiple, target in (("2", 0.95), ("5", 0.90), ("10", 0.85)):
         if multiple in beyond:
             kept = ratio(beyond[multiple]["goodput_per_s"], peak(task, OURS))
-            rows.append(at_least(f"{name}: goodput at {multiple}x the knee / peak", bar, kept))
+            rows.append(at_least(f"{name}: goodput at {multiple}x the knee / peak", target, kept))
     runs = [*task["open"][OURS].values(), *beyond.values()]
     slow = max((run["p99_ms"] or 0.0 for run in runs), default=0.0)
     rows.append(at_most(f"{name}: p99 of answers at every load, ms", 500, slow))
@@ -202,12 +193,12 @@ def ratio(mine: float, theirs: float) -> float:
     return mine / theirs if theirs else float("inf")
 
 
-def at_least(what: str, bar: float, measured: float) -> list[str]:
-    return [what, f">= {bar:g}", f"{measured:.2f}", "holds" if measured >= bar else "**misses**"]
+def at_least(what: str, target: float, measured: float) -> list[str]:
+    return [what, f">= {target:g}", f"{measured:.2f}", "met" if measured >= target else "**missed**"]
 
 
-def at_most(what: str, bar: float, measured: float) -> list[str]:
-    return [what, f"<= {bar:g}", f"{measured:.3g}", "holds" if measured <= bar else "**misses**"]
+def at_most(what: str, target: float, measured: float) -> list[str]:
+    return [what, f"<= {target:g}", f"{measured:.3g}", "met" if measured <= target else "**missed**"]
 
 
 # -- plots -----------------------------------------------------------------------------------------

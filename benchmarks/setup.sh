@@ -1,5 +1,5 @@
 #!/bin/sh
-# The peers live in a virtual environment of their own (.venv-bench): what they need is not our business.
+# The peers have a virtual environment of their own (.venv-bench), so that their dependencies are not ours.
 set -eu
 cd "$(dirname "$0")/.."
 stamp=.venv-bench/.installed

@@ -42,12 +42,12 @@ def main(path: Path) -> int:
 
 
 def _text(outputs: list[Any]) -> str:
-    """What a person would read of a cell's outputs."""
+    """The text of the outputs of a cell."""
     texts = []
     for output in outputs:
         if output.output_type == "stream":
             lines = output.text.rstrip("\n").split("\n")
-            texts += [line.rsplit("\r", 1)[-1] for line in lines]  # of a progress bar only its end
+            texts += [line.rsplit("\r", 1)[-1] for line in lines]  # of a progress bar only its last state
         elif "data" in output:
             data = output["data"]
             widget = "application/vnd.jupyter.widget-view+json" in data

@@ -360,7 +360,7 @@ def choose_masks(
 
 
 def mask_weights(sequences: Sequence[list[int]], vocabulary: int) -> Tensor:
-    """Spare the commonest pieces: "the" and commas are soon learnt, and seldom asked for."""
+    """Spare the commonest pieces: "the" and commas are learnt early, and seldom asked for."""
     counts = torch.bincount(torch.tensor([i for ids in sequences for i in ids]), minlength=vocabulary)
     common = counts / counts.sum()
     return (0.001 / common).sqrt().clamp(min=0.4, max=1.0)
@@ -520,7 +520,7 @@ def edit_json(file: Path, **changes: str) -> None:
 
 
 def ask(folder: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, list[str]]:
-    """Ask the saved model, the way that everybody else will."""
+    """Ask the saved model through `pipeline`, as users do."""
     fill_mask = pipeline("fill-mask", model=str(folder))
     return {prompt: [answer["token_str"] for answer in fill_mask(prompt, top_k=5)] for prompt in prompts}
 

@@ -1,500 +1,467 @@
-"""WHEN it runs: the queue and the one model thread around the scheduler.
-
-The loop thread and the model thread meet only here:
+"""The queue and the one model thread: the two sides of the handover, and the thread's life.
 
     loop thread                            model thread ("serving-kit-model")
-    submit() ── offer ──▶ ┌───────────┐ ── poll ──▶ prepare, forward, finish
-    cancel() ──────────▶  │ Scheduler │                        │
-    futures ◀─────────────└───────────┘◀── finished ───────────┘  one call_soon_threadsafe per batch
-    _ended() ◀──────── the thread has died: answer everybody, start another ── breaker.py
+    submit() ── offer ──▶ ┌────────┐ ── next ──▶ an action, performed on the model (execution.py)
+    cancel() ──────────▶  │ Engine │                        │
+    Job.emit ◀────────────└────────┘◀── completed ──────────┘     one call_soon_threadsafe for each action
+    _ended() ◀──────── the thread has died: end all jobs, start another
 
-One lock guards the scheduler and the breaker; no model code runs while it is held. The model thread
-sleeps on a condition, so an idle server wakes nobody.
+`Handover` holds the engine behind one lock, which is never held while model code runs. The model thread
+sleeps on a condition, so an idle server wakes no thread. The loop thread keeps the list of all that has no
+end yet, so that it can end every job whatever state a dead thread has left behind.
 
-Nobody waits for ever. What the model raises is dealt with on its thread (`recovery.py`). What our own
-code raises there ends the thread. The loop thread keeps the list of all that is unanswered, so that it
-can answer everybody whatever state the dead one has left behind.
-
-Not here: which items run together (`scheduler.py`), the forward itself (`execution.py`), whom to blame for
-one that raised (`recovery.py`).
+Not here: what happens next (`engine.py`), running the model (`execution.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from serving_kit import execution, thread_warnings
-from serving_kit.errors import (
-    DeadlineExceeded,
-    ModelFailed,
-    Overloaded,
-    RequestTooLarge,
-    ServingError,
-    Stopping,
-    Unavailable,
-)
-from serving_kit.execution import Call, Job, Model, Result, dropped
-from serving_kit.failures.breaker import Breaker, Gate
-from serving_kit.failures.classify import WorkerDied
-from serving_kit.failures.recovery import Canary, Recovery
-from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.scheduling.scheduler import Batch, Decision, Item, Scheduler, State
+from serving_kit.actions import Action, Canary, Exit, Sleep, Step
+from serving_kit.engine import Engine, Output
+from serving_kit.errors import RequestTooLarge, ServingError, Stopping
+from serving_kit.events import Chunk, Failed
+from serving_kit.items import Item
+from serving_kit.jobs import Job
+from serving_kit.model import Input, Model
+from serving_kit.records import Record
 from serving_kit.settings import Settings
+from serving_kit.status import CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
-_UNHEARD_FORWARD_S = 1.0  # how long a stop waits for a forward whose clients have all left
+_UNWANTED_STEP_S = 1.0  # how long a stop waits for a step whose clients have all left
 _NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
 
 
-class Running(NamedTuple):
-    """A forward that runs. Immutable, so that any thread may read it without the lock."""
+class Handover:
+    """The engine behind one lock, and what the model thread does with it.
 
-    since: float
-    expected_s: float  # 95 of 100 such forwards take less; 0: not known
-
-
-class Load(NamedTuple):
-    """How much there is to do."""
-
-    queue_depth: int  # items that wait
-    in_flight: int  # items admitted and not yet answered
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What the core knows at one moment."""
-
-    load: Load
-    draining: bool
-    breaker: Gate
-    cost_known: bool
-    cost_doubt: str  # why the learned cost was given up; empty if it was not, lately
-    call_s: float  # learned: seconds per call
-    token_s: float  # learned: seconds per padded token
-    max_batch_tokens: int  # in force
-    memory_limit_tokens: int | None  # padded tokens that have turned out not to fit
-
-
-@dataclass(eq=False)
-class Batcher:
-    """Runs one model on one thread, a batch at a time.
-
-    Start, submit, cancel and stop belong to the loop thread; `tune` and the readers may be called
-    from any thread. The hooks are called on the model thread, and `on_error` and `on_breaker` also on the
-    loop thread; if one raises, that counts as a crash of the model thread.
+    Args:
+        engine: What happens next.
+        model: What it happens to.
+        clock: Seconds, monotonic.
+        deliver: Takes what the engine has to say, on the model thread.
     """
 
-    model: Model | None  # None once it was let go
-    scheduler: Scheduler
-    on_batch: Callable[[BatchRecord], None]
-    on_error: Callable[[ServingError, BaseException], None]  # keeps the details, sets error.incident
-    on_breaker: Callable[[Gate, str], None] = lambda gate, reason: None  # its new state, and why
-    on_cost_given_up: Callable[[str], None] = lambda reason: None  # why it is not trusted any more
-    clock: Callable[[], float] = time.monotonic
-    breaker: Breaker = field(default_factory=Breaker)
-    running: Running | None = None  # the forward that runs
-    retry: bool = True  # whether a batch that raised may run again in parts
-    wakeups: int = 0  # times that the worker looked for work; an idle server adds none
-    _loop: asyncio.AbstractEventLoop | None = None
-    _thread: threading.Thread | None = None
-    _stopped: asyncio.Event | None = None
-    _stopping: bool = False
-    _cause: BaseException | None = None  # what the model thread has died of
-    _revival: asyncio.TimerHandle | None = None  # when a dead thread will have a successor
-    _unanswered: set[Item] = field(default_factory=set)  # the loop thread's own
-    _wake: threading.Condition = field(default_factory=threading.Condition)
-    _recovery: Recovery = field(init=False)  # the model thread's own
+    def __init__(
+        self, engine: Engine, model: Model, clock: Callable[[], float], deliver: Callable[[Output], None]
+    ) -> None:
+        self.engine = engine
+        self.model: Model | None = model  # None once it was released
+        self.clock = clock
+        self.lock = threading.Condition()
+        self.running: Running | None = None
+        self.wakeups = 0  # times that the worker looked for work; an idle server adds none
+        self._deliver = deliver
 
-    def __post_init__(self) -> None:
-        example = None if self.model is None else self.model.example
-        self._recovery = Recovery(
-            rerun=self._run_again,
-            probe=self._probe,
-            answer=self._answer,
-            deliver=self._deliver,
-            on_error=self.on_error,
-            on_breaker=self.on_breaker,
-            clock=self.clock,
-            lock=self._wake,
-            breaker=self.breaker,
-            ceiling=self.scheduler.ceiling,
-            canary=None if example is None else Canary(*example),
-            retry=self.retry,
-        )
+    def cycle(self) -> bool:
+        """Wait for one action and perform it. Model thread. Returns False when there is no more to come."""
+        action = self.wait()
+        if isinstance(action, Exit):
+            return False
+        if not isinstance(action, Sleep):
+            self.complete(action, self.perform(action))
+        return True
 
-    # -- the loop thread's side ------------------------------------------------------------------
+    def wait(self) -> Action:
+        """The next action, as soon as there is one."""
+        with self.lock:
+            action, output, now = self._next()
+            while isinstance(action, Sleep) and not (output.events or output.records):
+                self.lock.wait(None if action.until is None else action.until - now)
+                action, output, now = self._next()
+        self._deliver(output)
+        return action
+
+    def look(self) -> Action:
+        """The next action; `Sleep` if there is none now."""
+        with self.lock:
+            action, output, _ = self._next()
+        self._deliver(output)
+        return action
+
+    def perform(self, action: Action) -> object:
+        """Perform an action, without the lock."""
+        model = self.model  # held for one action: a step may outlive `release`
+        if model is None:
+            raise Stopping("the server has stopped")
+        thread_warnings.put_first()
+        try:
+            return execution.perform(model, action, self.clock)
+        finally:
+            self.running = None
+
+    def complete(self, action: Action, result: object) -> None:
+        """Tell the engine what came of an action."""
+        with self.lock:
+            self.engine.completed(action, result, self.clock())
+            output = self.engine.take()
+        self._deliver(output)
+
+    def _next(self) -> tuple[Action, Output, float]:
+        self.wakeups += 1
+        now = self.clock()
+        action = self.engine.next(now)
+        if isinstance(action, Step):
+            self.running = Running(now, action.expected_s)
+        elif isinstance(action, Canary):
+            self.running = Running(now, 0.0)
+        return action, self.engine.take(), now
+
+
+class Worker(Protocol):
+    """What performs the actions of one handover, until there are no more or it dies."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
 
     def start(self) -> None:
-        """Start the model thread. Results will be delivered to the running event loop."""
+        """Begin. Raises RuntimeError if the system has no thread to give."""
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for its end."""
+
+
+class ModelThread:
+    """A thread that performs actions until there are no more, or until the kit's own code raises on it.
+
+    Args:
+        handover: Where the actions come from.
+        ended: Called at its end, on it, with itself and what it has died of; None: it has ended as it should.
+    """
+
+    def __init__(
+        self, handover: Handover, ended: Callable[[ModelThread, BaseException | None], None]
+    ) -> None:
+        self._handover = handover
+        self._ended = ended
+        self.thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.thread.is_alive()
+
+    def start(self) -> None:
+        """Start it. Raises RuntimeError if the system has no thread to give."""
+        self.thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for its end."""
+        if self.thread.ident is not None:
+            self.thread.join(timeout_s)
+
+    def _run(self) -> None:
+        cause: BaseException | None = None
+        try:
+            while self._handover.cycle():
+                pass
+        except BaseException as error:
+            cause = error
+        finally:
+            self._ended(self, cause)
+
+
+WorkerFactory = Callable[[Handover, Callable[[Any, BaseException | None], None]], Worker]
+
+
+class Batcher:
+    """The loop thread's side of one model: jobs in, events out. Restarts the model thread when it has died.
+
+    `start`, `submit`, `cancel` and `stop` belong to the loop thread; all else may be called from any.
+
+    Args:
+        model: What answers.
+        engine: With the scheduler and its settings.
+        report: Takes the records of the engine, on the loop thread.
+        clock: Seconds, monotonic.
+        make_worker: Makes what performs the actions; for the simulator.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        engine: Engine,
+        report: Callable[[Record], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        make_worker: WorkerFactory = ModelThread,
+    ) -> None:
+        self._engine = engine
+        self._handover = Handover(engine, model, clock, self._deliver)
+        self._report = report
+        self._clock = clock
+        self._make_worker = make_worker
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker: Worker | None = None
+        self._stopped: asyncio.Event | None = None
+        self._stopping = False
+        self._restart: asyncio.TimerHandle | None = None  # when a dead worker is replaced
+        self._unanswered: set[Item] = set()  # the loop thread's own
+
+    # -- the loop thread -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the model thread. Events are delivered to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._spawn()
 
     def submit(
         self,
-        values: Sequence[Any],
-        parameters: Mapping[str, Any],
+        inputs: Sequence[Input],
         *,
         arrived: float,
         deadline: float,
+        stream_deadline: float | None = None,
     ) -> list[Item]:
-        """Queue every value as an item of its own, all or none.
+        """Queue every input as an item of its own, all or none.
+
+        Args:
+            inputs: What to run.
+            arrived: When the request did, in seconds on the clock.
+            deadline: When an answer is no longer of use; of a stream, its first chunk.
+            stream_deadline: When a stream ends at the latest; None: the answers are not streamed.
 
         Returns:
-            The items; await `item.payload.future` for each one's `Result`.
+            The items; `item.payload` is the `Job` of each.
 
         Raises:
-            RequestTooLarge: more values than the queue can ever hold.
+            RequestTooLarge: more inputs than the queue can ever hold.
             Overloaded: not admitted.
-            DeadlineExceeded: its time is shorter than any call of the model takes.
+            DeadlineExceeded: its time is shorter than any step of the model takes.
             Unavailable: the server is stopping, or the model is broken.
         """
-        assert self._loop is not None, "submit() before start(). This is a bug."
-        model = self.model
-        if model is None or self.scheduler.draining:
+        loop, model = self._loop, self._handover.model
+        assert loop is not None, "submit() before start(). This is a bug."
+        if model is None or self._engine.scheduler.draining:
             raise Stopping
-        if self._thread is not None and not self._thread.is_alive():
-            self._ended(self._thread)  # it could not even say so
-        most = self.scheduler.settings.max_queue_size
-        if len(values) > most:
-            raise RequestTooLarge(f"{len(values)} inputs in one request; the most is {most} (max_queue_size)")
+        if self._worker is not None and not self._worker.alive:
+            self._ended(self._worker, None)  # it could not report its own end
+        most = self._engine.scheduler.settings.max_queue_size
+        if len(inputs) > most:
+            raise RequestTooLarge(f"{len(inputs)} inputs in one request; the most is {most} (max_queue_size)")
         items = [
             Item(
                 arrived,
                 deadline,
-                max(1, model.estimate(value)),
-                Job(value, parameters, self._loop.create_future()),
+                max(1, model.estimate(given.value).tokens),
+                given,
+                Job(loop.create_future()),
+                stream_deadline=stream_deadline,
             )
-            for value in values
+            for given in inputs
         ]
-        now = self.clock()
-        with self._wake:
-            if not self.breaker.admits(now, self.scheduler.in_flight):
-                raise self._out_of_order(now)
-            refusal = self.scheduler.offer(items, now)
-            if refusal is None:
+        with self._handover.lock:
+            error = self._engine.offer(items, self._clock())
+            if error is None:
                 self._unanswered.update(items)
-                self._wake.notify()
-        if refusal is not None and refusal.expired:
-            raise DeadlineExceeded(f"the request cannot be answered: {refusal.reason}")
-        if refusal is not None:
-            raise Overloaded(f"the server is overloaded: {refusal.reason}", retry_after=refusal.retry_after)
+                self._handover.lock.notify()
+        if error is not None:
+            raise error
         return items
 
     def cancel(self, items: Sequence[Item]) -> None:
-        """Give up on items: waiting ones leave the queue now, running ones end unheard."""
+        """Their clients have left: waiting ones leave the queue now, running ones end without an event."""
         self._unanswered.difference_update(items)
-        with self._wake:
-            for item in items:
-                self.scheduler.cancel(item)
-
-    def tune(self, settings: Settings) -> None:
-        """Swap the settings; they count from the next decision. Any thread."""
-        with self._wake:
-            self.scheduler.settings = settings
-            self._wake.notify()  # a worker that lingers must look at the new max_wait_ms
-
-    def drain(self) -> None:
-        """Refuse new items from now on; the admitted ones are finished. Any thread."""
-        with self._wake:
-            self.scheduler.draining = True
-            self._wake.notify()
+        with self._handover.lock:
+            self._engine.cancel(items)
+            self._handover.lock.notify()
 
     async def stop(self, drain_s: float) -> bool:
         """Refuse new items, finish the admitted ones within `drain_s` seconds, end the thread.
 
-        Returns whether everything was finished. If not, what was left has been answered with
-        `Unavailable`, and the thread ends when the forward that holds it returns.
+        Returns:
+            Whether everything was finished. If not, what was left has been answered with `Unavailable`,
+            and the thread ends when the model call that holds it returns.
         """
         self._stopping = True
-        self.drain()
-        thread = self._thread
-        if self._revival is not None:  # it is dead, and stays so
-            self._revival.cancel()
+        with self._handover.lock:
+            self._engine.stop()
+            self._handover.lock.notify()
+        worker = self._worker
+        if self._restart is not None:  # it is dead, and stays so
+            self._restart.cancel()
         try:
-            if thread is not None and self._stopped is not None:
-                waited_for = asyncio.get_running_loop().time()  # when a client last waited for an answer
+            if worker is not None and self._stopped is not None:
                 async with asyncio.timeout(drain_s):
-                    while thread.is_alive() and not self._stopped.is_set():
-                        now = asyncio.get_running_loop().time()
-                        waited_for = now if self._unanswered else waited_for
-                        if self.model is None or now > waited_for + _UNHEARD_FORWARD_S:
-                            return False
-                        with contextlib.suppress(TimeoutError):  # it may die without a word
-                            await asyncio.wait_for(self._stopped.wait(), _LOOK_AGAIN_S)
-                thread.join(drain_s)  # it has said that it is done: this is the last microsecond
+                    if not await self._drained(worker, self._stopped):
+                        return False
+                worker.join(drain_s)  # it has said that it is done: this is the last microsecond
         except TimeoutError:
             return False
         else:
             return True
         finally:
-            self._answer_everybody(Stopping("the server has stopped"))
+            self._end_all(Stopping("the server has stopped"))
 
-    def abandon(self) -> None:
-        """End the thread and let the model go. Any thread; after `stop`, or if the loop has died.
+    async def _drained(self, worker: Worker, stopped: asyncio.Event) -> bool:
+        """Wait for the worker's end. Returns False once nothing that it does is of use to a client."""
+        loop = asyncio.get_running_loop()
+        wanted_at = loop.time()
+        while worker.alive and not stopped.is_set():
+            now = loop.time()
+            wanted_at = now if self._unanswered else wanted_at
+            if self._handover.model is None or now > wanted_at + _UNWANTED_STEP_S:
+                return False
+            with contextlib.suppress(TimeoutError):  # it may die without a word
+                await asyncio.wait_for(stopped.wait(), _LOOK_AGAIN_S)
+        return True
 
-        A forward that is still stuck in the model keeps it until it ends.
+    # -- any thread ------------------------------------------------------------------------------
+
+    def tune(self, settings: Settings) -> None:
+        """Swap the settings; they count from the next decision."""
+        with self._handover.lock:
+            self._engine.scheduler.settings = settings
+            self._handover.lock.notify()  # a worker that waits must look at the new max_wait_ms
+
+    def drain(self) -> None:
+        """Refuse new items from now on; the admitted ones are finished."""
+        with self._handover.lock:
+            self._engine.drain()
+            self._handover.lock.notify()
+
+    def release(self) -> None:
+        """End the thread and let the model go; after `stop`, or if the loop has died.
+
+        A model call that is still stuck keeps the model until it ends.
         """
         self._stopping = True
-        self.model = None
-        with self._wake:
-            self.scheduler.draining = True
-            self.scheduler.evict()
-            self._wake.notify()
+        self._handover.model = None
+        with self._handover.lock:
+            self._engine.stop()
+            self._engine.evict()
+            self._handover.lock.notify()
 
-    def join(self, timeout: float) -> bool:
-        """Wait for the model thread's end, after `abandon`. Returns whether it has ended."""
-        if self._thread is not None and self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self.alive
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the model thread's end, after `release`. Returns whether it has ended."""
+        if self._worker is not None:
+            self._worker.join(timeout_s)
+        return self._worker is None or not self._worker.alive
 
     def load(self) -> Load:
-        """How much there is to do. Any thread."""
-        with self._wake:
-            return Load(self.scheduler.queue_depth, self.scheduler.in_flight)
+        """How much there is to do."""
+        with self._handover.lock:
+            return Load(self._engine.scheduler.queue_depth, self._engine.scheduler.in_flight)
 
-    def status(self) -> Status:
-        """What the core knows now. Any thread."""
-        now = self.clock()
-        with self._wake:
-            scheduler = self.scheduler
-            return Status(
+    def status(self) -> CoreStatus:
+        """What the core knows now."""
+        now = self._clock()
+        alive = self._worker is not None and self._worker.alive
+        with self._handover.lock:
+            scheduler, breaker = self._engine.scheduler, self._engine.breaker
+            gate, released = breaker.gate(now), scheduler.degraded_reason(now)
+            return CoreStatus(
                 load=Load(scheduler.queue_depth, scheduler.in_flight),
+                settings=scheduler.settings,
                 draining=scheduler.draining,
-                breaker=self.breaker.gate(now),
+                running=self._handover.running,
+                breaker=gate,
+                unavailable_reason=self._engine.unavailable_reason(now)
+                or ("" if alive else "the model thread has died and is being started again"),
+                degraded_reason=breaker.degraded_reason or released,
                 cost_known=scheduler.cost.known,
-                cost_doubt=scheduler.doubt(now),
+                cost_released_reason=released,
                 call_s=scheduler.cost.a,
                 token_s=scheduler.cost.b,
                 max_batch_tokens=scheduler.token_budget(),
-                memory_limit_tokens=scheduler.ceiling.lowest(now),
+                memory_limit_tokens=scheduler.memory_limit.lowest(now),
             )
 
     @property
-    def thread(self) -> threading.Thread | None:
-        """The model thread, once there is one. Any thread."""
-        return self._thread
+    def settings(self) -> Settings:
+        """The knobs in force."""
+        return self._engine.scheduler.settings
 
     @property
-    def alive(self) -> bool:
-        """Whether the model thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+    def draining(self) -> bool:
+        """Whether new items are refused."""
+        return self._engine.scheduler.draining
 
-    def trouble(self) -> str:
-        """Why nothing can be answered now, in words for strangers; empty if something can."""
-        now = self.clock()
-        with self._wake:
-            gate, reason, pause = self.breaker.gate(now), self.breaker.reason, self.breaker.pause(now)
-        if gate is Gate.OPEN:
-            return f"{reason}; it is tried again in {pause:.0f} s"
-        if gate is Gate.LATCHED:
-            return reason
-        return "" if self.alive else "the model thread has died and is being started again"
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The model thread, once there is one."""
+        return self._worker.thread if isinstance(self._worker, ModelThread) else None
 
-    def doubt(self) -> str:
-        """Why it is not certain that requests can be answered; empty if there is no reason for doubt."""
-        if reason := self.breaker.reason:
-            who = "requests are" if self.breaker.in_doubt else "one request at a time is"
-            return f"{reason}; {who} let in to try again"
-        with self._wake:
-            return self.scheduler.doubt(self.clock())
+    @property
+    def wakeups(self) -> int:
+        """Times that the model thread looked for work; an idle server adds none."""
+        return self._handover.wakeups
 
-    def _out_of_order(self, now: float) -> Unavailable:
-        pause = self.breaker.pause(now)
-        return Unavailable(self.breaker.reason, retry_after=pause if pause < math.inf else None)
+    # -- inside ----------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        if self._revival is not None and self._thread is not None and self._thread.ident is not None:
-            self._thread.join(_LOOK_AGAIN_S)  # the last microsecond of the one before
-        self._revival = None
-        self._thread = threading.Thread(target=self._live, name=THREAD_NAME, daemon=True)
+        if self._restart is not None and self._worker is not None:
+            self._worker.join(_LOOK_AGAIN_S)  # the last microsecond of the one before
+        self._restart = None
+        self._worker = worker = self._make_worker(self._handover, self._report_end)
         try:
-            self._thread.start()
+            worker.start()
         except RuntimeError as error:  # the system has no thread to give
-            self._cause = error
-            self._ended(self._thread, _NO_THREAD_S)
+            self._ended(worker, error, _NO_THREAD_S)
 
-    def _ended(self, thread: threading.Thread, at_least_s: float = 0.0) -> None:
-        """The model thread is gone. Unless it was to go: answer everybody and start another."""
+    def _report_end(self, worker: Worker, cause: BaseException | None) -> None:
+        """Let the loop thread know that a worker has ended. On the worker."""
+        self._post(self._ended, worker, cause)
+
+    def _ended(self, worker: Worker, cause: BaseException | None, at_least_s: float = 0.0) -> None:
+        """The worker is gone. Unless it was to go: end all jobs and start another."""
         assert self._loop is not None
         assert self._stopped is not None
-        if thread is not self._thread or self._revival is not None:
+        if worker is not self._worker or self._restart is not None:
             return  # already dealt with
-        if self._stopping and (self._cause is None or self.model is None):
+        if self._stopping and (cause is None or self._handover.model is None):
             self._stopped.set()
             return
-        died = WorkerDied("the model thread has died")
-        died.__cause__, self._cause = self._cause, None
-        failed = ModelFailed("the server failed on this request", detail=f"{died}: {died.__cause__!r}")
-        self.running = None
-        with self._wake:
-            now = self.clock()
-            opened = self.breaker.failed(now, "a crash of its thread")
-            pause = max(self.breaker.pause(now), at_least_s)
+        self._handover.running = None
+        with self._handover.lock:
+            now = self._clock()
+            failed = self._engine.crashed(cause, now)
+            pause_s = max(self._engine.breaker.pause_s(now), at_least_s)
+            output = self._engine.take()
         if self._stopping:
             self._stopped.set()
         else:
-            self._revival = self._loop.call_later(pause, self._spawn)
+            self._restart = self._loop.call_later(pause_s, self._spawn)
         try:
-            self.on_error(failed, died)
-            if opened:
-                self.on_breaker(Gate.OPEN, self.breaker.reason)
-        finally:  # the hook may be what is broken; the clients still come first
-            self._answer_everybody(failed)
+            self._receive(output)
+        finally:  # an observer may be what is broken; the clients still come first
+            self._end_all(failed)
 
-    def _answer_everybody(self, error: ServingError) -> None:
-        with self._wake:
-            self.scheduler.evict()
-            self._wake.notify()
-        self._resolve([(item, Result(error=error)) for item in self._unanswered])
+    def _end_all(self, error: ServingError) -> None:
+        with self._handover.lock:
+            self._engine.evict()
+            self._handover.lock.notify()
+        unanswered, self._unanswered = self._unanswered, set()
+        for item in unanswered:
+            item.payload.emit(Failed(error))
 
-    def _resolve(self, results: Sequence[tuple[Item, Result]]) -> None:
-        """Wake the clients."""
-        for item, result in results:
-            self._unanswered.discard(item)
-            future: asyncio.Future[Result] = item.payload.future
-            if not future.done():
-                future.set_result(result)
+    def _deliver(self, output: Output) -> None:
+        """Hand what the engine has to say to the loop thread. On the model thread."""
+        if output.events or output.records:
+            self._post(self._receive, output)
 
-    # -- the model thread's side -----------------------------------------------------------------
-
-    def _live(self) -> None:
-        """The thread's life; whatever ends it, the loop thread hears of it."""
+    def _receive(self, output: Output) -> None:
+        """Report to the observers, then to the clients: they may be told the id of an incident."""
         try:
-            while self._cycle():
-                pass
-        except BaseException as error:
-            self._cause = error
+            for record in output.records:
+                self._report(record)
         finally:
-            self._post(self._ended, threading.current_thread())
+            for item, event in output.events:
+                if not isinstance(event, Chunk):
+                    self._unanswered.discard(item)
+                item.payload.emit(event)
 
-    def _cycle(self) -> bool:
-        """Wait for something to do and do it. Returns False when there is no more to come."""
-        refused: list[Item] = []
-        fresh: list[Item] = []
-        decision = Decision()
-        with self._wake:
-            while True:
-                self.wakeups += 1
-                now = self.clock()
-                if self.breaker.refuses_admitted(now):
-                    refused = self.scheduler.evict()
-                fresh = self.scheduler.unprepared()
-                if fresh:
-                    break
-                decision = self.scheduler.poll(now)
-                if refused or decision.batch or decision.dropped:
-                    break
-                if self._stopping and not self.scheduler.queue_depth:
-                    return False
-                self._wake.wait(None if decision.wake_at is None else decision.wake_at - now)
-        if refused:
-            self._deliver([(item, Result(error=self._out_of_order(now))) for item in refused])
-        if fresh:
-            self._prepare(fresh)
-            return True
-        self._deliver([(item, dropped(drop, decision.retry_after)) for item, drop in decision.dropped])
-        if decision.batch:
-            self._run(decision.batch)
-        return True
-
-    def _prepare(self, items: Sequence[Item]) -> None:
-        """Learn the lengths of new items; answer those that the model cannot take."""
-        model = self._model()
-        prepared = []
-        for item in items:
-            if item.state is not State.WAITING:
-                continue  # its client has left since
-            job: Job = item.payload
-            try:
-                given = job.prepared = model.prepare(job.value, job.parameters)
-            except BaseException as error:
-                failed = self._recovery.told(error)
-                with self._wake:
-                    self.scheduler.cancel(item)
-                self._deliver([(item, Result(error=failed))])
-                self._recovery.judge(error, job)
-            else:
-                prepared.append((item, given))
-        with self._wake:
-            for item, given in prepared:
-                self.scheduler.ready(item, max(1, given.tokens), given.group)
-
-    def _run(self, batch: Batch) -> None:
-        """One batch from start to answers."""
-        call = self._call(batch.items)
-        if call.error is not None:
-            self.on_batch(call.record(batch.reason, batch.left_waiting))
-            self._recovery.recover(call, batch.left_waiting)
-            with self._wake:
-                self.scheduler.finished(self.clock(), ok=False)
-            return
-        with self._wake:
-            given_up = self.scheduler.finished(call.ended, ok=True, started=call.started)
-        self._answer(call, call.started)
-        self.on_batch(call.record(batch.reason, batch.left_waiting))
-        if given_up:
-            self.on_cost_given_up(given_up)
-
-    def _run_again(self, items: Sequence[Item], left_waiting: int) -> Call:
-        """A part of a batch that raised."""
-        call = self._call(items)
-        self.on_batch(call.record(BatchReason.RETRY, left_waiting))
-        return call
-
-    def _call(self, items: Sequence[Item]) -> Call:
-        """Run the model once on prepared items."""
-        model = self._model()
-        with self._wake:
-            padded_tokens = len(items) * max(item.tokens for item in items)
-            self.running = Running(self.clock(), self.scheduler.cost.high(padded_tokens))
-        try:
-            return execution.run(model, items, self.clock, self._recovery.told)
-        finally:
-            self.running = None
-
-    def _probe(self, value: Any, parameters: Mapping[str, Any]) -> bool:
-        """Whether the model answers one input that nobody waits for."""
-        model = self._model()
-        self.running = Running(self.clock(), 0.0)
-        try:
-            return execution.probe(model, value, parameters)
-        finally:
-            self.running = None
-
-    def _answer(self, call: Call, started: float) -> None:
-        """Deliver what a forward has given to items whose batch was `started` then."""
-        answered = any(not isinstance(answer, ServingError) for answer in call.answers)
-        if answered:  # before any client is, or its next request could be refused for what is over
-            self._recovery.succeeded()
-        self._deliver(call.results(started))
-        if not answered:
-            pairs = zip(call.items, call.answers, strict=True)
-            bad = next((pair for pair in pairs if isinstance(pair[1], ModelFailed)), None)
-            if bad is not None:
-                self._recovery.judge(bad[1], bad[0].payload)
-
-    def _model(self) -> Model:
-        """The model, held for one step: a forward may outlive `abandon`."""
-        if self.model is None:
-            raise Stopping("the server has stopped")
-        thread_warnings.put_first()
-        return self.model
-
-    def _deliver(self, results: list[tuple[Item, Result]]) -> None:
-        """Hand results to the loop thread."""
-        if results:
-            self._post(self._resolve, results)
-
-    def _post(self, callback: Callable[..., None], *args: Any) -> None:
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
         """Run `callback` on the loop thread. A closed loop has no clients left."""
         assert self._loop is not None
         try:

@@ -1,179 +1,107 @@
-"""One forward: what a model is to its thread, what goes in, and what comes of it.
+"""The model's side: performs one action of the engine on a model, and makes its exceptions values.
 
-    job.value ── prepare ──▶ job.prepared ──┐
-    job.value ── prepare ──▶ job.prepared ──┴── run() ──▶ Call: one answer for each item, or the error
+Called on the model thread. Nothing here waits or locks.
 
-Called on the model thread; nothing here waits or locks.
-
-Not here: when to run (`batching.py`), what to do about an error (`recovery.py`), the models themselves
-(`pipeline.py`).
+Not here: which action (`engine.py`), the thread (`batching.py`), models (`models/`).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from serving_kit.errors import DeadlineExceeded, Overloaded, ServingError
-from serving_kit.failures.classify import WrongNumberOfOutputs
-from serving_kit.records import BatchReason, BatchRecord
-from serving_kit.scheduling.scheduler import Drop, Item
+from serving_kit.actions import Action, Answered, Canary, Executed, Free, ItemResult, Prepare, Release, Step
+from serving_kit.failures.classify import Failure, WrongNumberOfOutputs
+from serving_kit.items import Item, ItemState
+from serving_kit.model import Done, Input, Model, More, Part, Prepared, StepResult
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One input, ready for the model.
-
-    `group` names what may share a forward: items of different groups never do.
-    """
-
-    payload: Any
-    tokens: int = 1
-    group: Hashable = ()
-
-
-class Model(Protocol):
-    """What the worker needs: three steps, all of them called on the model thread only.
-
-    `prepare` raises `InputRejected` for an input that this model cannot take. `forward` gets
-    prepared inputs of one group and returns one output for each, in order. `finish` turns one
-    output into what the client gets. Anything else that they raise is a `ModelFailed`, or a
-    `RequestTooLarge` if it is for want of memory.
-
-    A batch on which `forward` has raised is run again in parts, and so is `example`, to see whether the
-    model still works.
-    """
-
-    @property
-    def example(self) -> tuple[Any, Mapping[str, Any]] | None:
-        """An input that it has answered well, and its parameters; None: none that may be used."""
-
-    def estimate(self, value: Any) -> int:
-        """Rough length in tokens, before `prepare`. Called on the loop thread; must be cheap."""
-
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
-        """Check and convert one input."""
-
-    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
-        """Run the model once."""
-
-    def finish(self, output: Any, prepared: Prepared) -> Any:
-        """Make one output presentable."""
+def perform(model: Model, action: Action, clock: Callable[[], float]) -> object:
+    """Do what the engine asks for. Returns the result that belongs to the action (`actions.py`)."""
+    if isinstance(action, Step):
+        return step(model, action.items, clock)
+    if isinstance(action, Prepare):
+        return [_prepare_waiting(model, item) for item in action.items]
+    if isinstance(action, Canary):
+        return run_canary(model, action.example)
+    if isinstance(action, Free):
+        model.free_memory(action.failure.error, thorough=action.thorough)
+    elif isinstance(action, Release):
+        for prepared in action.prepared:
+            model.release(prepared)
+    return None
 
 
-class Result(NamedTuple):
-    """How one item ended. Errors travel as values: a future that nobody reads must not complain."""
-
-    value: Any = None
-    error: ServingError | None = None
-    queue_wait: float | None = None  # seconds from arrival to batch start; None: never started
-    forward: float | None = None  # seconds that its batch took; None: never started
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """The payload of an item: what to run and where to put the result."""
-
-    value: Any
-    parameters: Mapping[str, Any]
-    future: asyncio.Future[Result]
-    prepared: Prepared | None = None
+def prepare(model: Model, given: Input) -> Prepared[Any] | Failure:
+    """One input, ready for the model."""
+    try:
+        return model.prepare(given.value, given.parameters)
+    except BaseException as error:
+        return _failure(model, error)
 
 
-class Call(NamedTuple):
-    """One forward and what came of it."""
-
-    items: Sequence[Item]
-    started: float
-    ended: float
-    answers: Sequence[Any] = ()  # one for each item: what its client gets, or a `ServingError`
-    error: BaseException | None = None  # what the model raised instead
-
-    def results(self, started: float) -> list[tuple[Item, Result]]:
-        """How its items ended, if the batch that they were in was `started` then."""
-        took = self.ended - started
-        return [
-            (item, _result(answer, started - item.arrived, took))
-            for item, answer in zip(self.items, self.answers, strict=True)
-        ]
-
-    def record(self, reason: BatchReason, left_waiting: int) -> BatchRecord:
-        """The fact that remains of it."""
-        tokens = [item.tokens for item in self.items]
-        return BatchRecord(
-            started=self.started,
-            finished=self.ended,
-            size=len(tokens),
-            tokens=sum(tokens),
-            padded_tokens=len(tokens) * max(tokens),
-            reason=reason,
-            oldest_wait=self.started - self.items[0].arrived,
-            left_waiting=left_waiting,
-            wasted=sum(item.abandoned or item.deadline < self.ended for item in self.items),
-            ok=self.error is None,
-        )
-
-
-def run(
-    model: Model,
-    items: Sequence[Item],
-    clock: Callable[[], float],
-    told: Callable[[BaseException], ServingError],
-) -> Call:
-    """Run the model once on prepared items.
-
-    Args:
-        model: Whatever it raises ends up in the result.
-        items: With a `Job` each, all of one group.
-        clock: For when it began and ended.
-        told: Makes an error of `finish` into what its client is told.
-    """
-    inputs: list[Prepared] = [item.payload.prepared for item in items]
+def step(model: Model, items: Sequence[Item], clock: Callable[[], float]) -> Executed:
+    """Run the model once on prepared items of one key."""
+    parts = [Part(_prepared(item), item.tokens) for item in items]
     started = clock()
     try:
-        outputs = model.forward(inputs)
-        if len(outputs) != len(inputs):
+        results = model.step(parts)
+        if len(results) != len(parts):
             raise WrongNumberOfOutputs(
-                f"inputs given to the model: {len(inputs)}; outputs that it returned: {len(outputs)}"
+                f"inputs given to the model: {len(parts)}; outputs that it returned: {len(results)}"
             )
     except BaseException as error:
-        return Call(items, started, clock(), error=error)
-    answers = [_finish(model, *pair, told) for pair in zip(outputs, inputs, strict=True)]
-    return Call(items, started, clock(), answers)
+        return Executed(started, clock(), failure=_failure(model, error))
+    ended = clock()
+    return Executed(
+        started,
+        ended,
+        [_finish(model, part.prepared, result) for part, result in zip(parts, results, strict=True)],
+    )
 
 
-def probe(model: Model, value: Any, parameters: Mapping[str, Any]) -> bool:
-    """Whether the model answers one input, alone and from scratch."""
+def run_canary(model: Model, example: Input) -> bool:
+    """Whether the model answers its own example, alone and from scratch."""
     try:
-        prepared = model.prepare(value, parameters)
-        (output,) = model.forward([prepared])
-        model.finish(output, prepared)
+        prepared = model.prepare(example.value, example.parameters)
+        try:
+            work = prepared.work
+            while True:
+                (result,) = model.step([Part(prepared, work.tokens)])
+                if isinstance(result, Done):
+                    model.finish(prepared, result.output)
+                if not isinstance(result, More):
+                    return isinstance(result, Done)
+                work = result.work
+        finally:
+            model.release(prepared)
     except BaseException:
         return False
-    return True
 
 
-def dropped(drop: Drop, retry_after: float | None = None) -> Result:
-    """How an item ended that never ran; `retry_after` in seconds, if that is known."""
-    if drop is Drop.EXPIRED:
-        return Result(error=DeadlineExceeded("the request's time was up before the model was free"))
-    text = "the server is overloaded: it could not be answered in time"
-    return Result(error=Overloaded(text, retry_after=retry_after))
+def _prepare_waiting(model: Model, item: Item) -> Prepared[Any] | Failure | None:
+    """Prepare an item unless its client has left since; its state is read without the lock."""
+    return prepare(model, item.input) if item.state is ItemState.WAITING else None
 
 
-def _finish(
-    model: Model, output: Any, prepared: Prepared, told: Callable[[BaseException], ServingError]
-) -> Any:
-    """One answer, or the `ServingError` that stands in for it. A bad one fails alone."""
+def _finish(model: Model, prepared: Prepared[Any], result: StepResult) -> ItemResult:
+    """The client's answer, what goes on, or a failure of this item alone."""
+    if isinstance(result, More):
+        return result
     try:
-        return model.finish(output, prepared)
+        if isinstance(result, Done):
+            return Answered(model.finish(prepared, result.output))
+        return _failure(model, result.error)
     except BaseException as error:
-        return told(error)
+        return _failure(model, error)
+    finally:
+        model.release(prepared)
 
 
-def _result(answer: Any, queue_wait: float, forward: float) -> Result:
-    if isinstance(answer, ServingError):
-        return Result(error=answer, queue_wait=queue_wait, forward=forward)
-    return Result(value=answer, queue_wait=queue_wait, forward=forward)
+def _failure(model: Model, error: BaseException) -> Failure:
+    return Failure(error, model.classify(error))
+
+
+def _prepared(item: Item) -> Prepared[Any]:
+    assert item.prepared is not None, "an item ran before it was prepared. This is a bug."
+    return item.prepared

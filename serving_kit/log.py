@@ -1,4 +1,4 @@
-"""What the owner reads in a log: one line per failed request, and what has changed about the server.
+"""The log of a server: one line for each request that failed, and for each change of its state.
 
 Two loggers of the standard library. A library adds no handlers, so where nothing is configured Python
 shows WARNING and above on stderr; in a kernel `process_settings.py` keeps the lines for `server.logs()`.
@@ -6,14 +6,14 @@ shows WARNING and above on stderr; in a kernel `process_settings.py` keeps the l
     serving_kit          ERROR    a request failed, with its traceback; the model thread died; the device
                                   is lost
                          WARNING  a request was shed, expired or met an unavailable server; the breaker
-                                  opened; the learned cost was given up; the panel failed
+                                  opened; the learned cost was discarded; the panel or an observer failed
                          INFO     a request that its client must change, or whose client left; the breaker
                                   closed; settings changed; a server was replaced
     serving_kit.access   INFO     one line per HTTP request, where `build_app(access_log=True)` asks for it
 
 Every value in a message is also an attribute of the record (`extra=`), so that a JSON formatter need not
-parse. One cause writes at most 10 lines a minute, and later one line with how many were left out. A cause is
-an outcome, an exception class and the line that raised, never a client's text.
+parse. One cause writes at most 10 lines a minute, and after that one line with the number of lines left out.
+A cause is an outcome, an exception class and the line that raised, never a client's text.
 
 Not here: which handlers there are in a kernel (`process_settings.py`).
 """
@@ -29,10 +29,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-from serving_kit.records import Incident, Outcome, RequestRecord
+from serving_kit.records import SERVER_SIDE, Incident, Outcome, RequestRecord
 
 NAME = "serving_kit"
 ACCESS_NAME = "serving_kit.access"
@@ -41,10 +41,21 @@ FORMATS = ("text", "json")
 MOST_LINES, PERIOD_S = 10, 60.0  # of one cause
 _MOST_CAUSES = 256
 _TRACED = 64  # incidents whose traceback was written last
+_BREAKER_LEVELS = {"closed": logging.INFO, "latched": logging.ERROR}  # WARNING for the others
+
+Fields = Mapping[str, object]
 
 _logger = logging.getLogger(NAME)
 _access = logging.getLogger(ACCESS_NAME)
-_SERVER_SIDE = (Outcome.SHED, Outcome.EXPIRED, Outcome.UNAVAILABLE)
+
+
+@dataclass(slots=True)
+class _Period:
+    """The lines of one cause in one period."""
+
+    ends: float
+    written: int = 0
+    left_out: int = 0
 
 
 class Limiter:
@@ -52,76 +63,79 @@ class Limiter:
 
     def __init__(self, most: int = MOST_LINES, period_s: float = PERIOD_S) -> None:
         self.most, self.period_s = most, period_s
-        # Level and cause: end of its period, lines written, lines left out.
-        self._causes: dict[tuple[int, str], list[Any]] = {}
+        self._periods: dict[tuple[int, str], _Period] = {}  # by level and cause
         self._next_end = math.inf
 
     def admits(self, level: int, cause: str, now: float) -> bool:
         """Whether one more line of `cause` may be written at `now`; counts it either way."""
-        entry = self._causes.get((level, cause))
-        if entry is None:
-            if len(self._causes) >= _MOST_CAUSES:
+        period = self._periods.get((level, cause))
+        if period is None:
+            if len(self._periods) >= _MOST_CAUSES:
                 cause = "any other"
-            entry = self._causes.setdefault((level, cause), [now + self.period_s, 0, 0])
-            self._next_end = min(self._next_end, entry[0])
-        admitted: bool = entry[1] < self.most
-        entry[1 if admitted else 2] += 1
-        return admitted
+            period = self._periods.setdefault((level, cause), _Period(now + self.period_s))
+            self._next_end = min(self._next_end, period.ends)
+        if period.written < self.most:
+            period.written += 1
+            return True
+        period.left_out += 1
+        return False
 
     def ended(self, now: float) -> list[tuple[int, str, int]]:
         """Level, cause and number of the lines that were left out in periods that are over at `now`."""
         if now < self._next_end:
             return []
-        over = [(key, entry[2]) for key, entry in self._causes.items() if entry[0] <= now]
+        over = [(key, period.left_out) for key, period in self._periods.items() if period.ends <= now]
         for key, _ in over:
-            del self._causes[key]
-        self._next_end = min((entry[0] for entry in self._causes.values()), default=math.inf)
+            del self._periods[key]
+        self._next_end = min((period.ends for period in self._periods.values()), default=math.inf)
         return [(*key, left_out) for key, left_out in over if left_out]
 
 
 class ServerLog:
-    """Writes the lines of one server. Every method may be called from any thread."""
+    """Writes the lines of one server. Every method may be called from any thread.
 
-    def __init__(self, server: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._server, self._clock = server, clock
+    Args:
+        server: Its name.
+        clock: Seconds, monotonic.
+        find_incident: The incident of an id; None: it is not kept any more.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        clock: Callable[[], float] = time.monotonic,
+        find_incident: Callable[[str], Incident | None] = lambda incident_id: None,
+    ) -> None:
+        self._server, self._clock, self._find_incident = server, clock, find_incident
         self._limiter = Limiter()
         self._lock = threading.Lock()
         self._traced: deque[str] = deque(maxlen=_TRACED)
 
-    def request(self, record: RequestRecord, error: BaseException, incident: Incident | None) -> None:
-        """A request has ended without an answer.
-
-        Args:
-            record: The request.
-            error: What ended it, as its client is told.
-            incident: What really happened, if the owner was told more than the client.
-        """
+    def add_request(self, record: RequestRecord) -> None:
+        """A request has ended. Requests that were answered write nothing."""
         outcome = record.outcome
-        level = logging.INFO
-        if outcome is Outcome.FAILED:
-            level = logging.ERROR
-        elif outcome in _SERVER_SIDE or incident is not None:
-            level = logging.WARNING
-        kind = incident.cause if incident else type(error).__name__
-        if not self._admits(level, f"{outcome.value} {kind}"):  # first of all: this is the path of a flood
+        if outcome is Outcome.OK:
+            return
+        incident = None if record.incident is None else self._find_incident(record.incident)
+        level = _request_level(outcome, incident)
+        error = incident.cause if incident else record.error
+        if not self._admits(level, f"{outcome.value} {error}"):  # before any other work: requests may flood
             return
         fields = {
             "outcome": outcome.value,
-            "error": kind,
+            "error": error,
             "incident": record.incident,
             "request_id": record.request_id,
             "latency_ms": _milliseconds(record.latency),
-            "queue_ms": _milliseconds(record.queue_wait),
-            "model_ms": _milliseconds(record.forward),
+            "queue_ms": _milliseconds(record.queue_wait_s),
+            "model_ms": _milliseconds(record.model_time_s),
             "items": record.items,
+            "reason": record.reason,
         }
-        if outcome in _SERVER_SIDE:  # for the client's mistakes the text may quote the client
-            fields["reason"] = str(error)
         self._emit(level, f"request {outcome}", fields, incident)
 
-    def failed_elsewhere(self, incident: Incident) -> None:
+    def route_failed(self, incident: Incident, request_id: str) -> None:
         """A route that asks no model has failed."""
-        request_id = "".join(incident.request_ids[:1])
         fields = {"incident": incident.id, "error": incident.cause, "request_id": request_id}
         self._write(logging.ERROR, "a route failed", fields, incident)
 
@@ -132,16 +146,14 @@ class ServerLog:
 
     def breaker(self, state: str, reason: str = "") -> None:
         """The circuit breaker has changed to `state`: closed, open or latched."""
-        levels = {"closed": logging.INFO, "latched": logging.ERROR}
-        level = levels.get(state, logging.WARNING)
-        fields = {"breaker": state, **({"reason": reason} if reason else {})}
-        self._write(level, f"the breaker is {state}", fields)
+        level = _BREAKER_LEVELS.get(state, logging.WARNING)
+        self._write(level, f"the breaker is {state}", {"breaker": state, "reason": reason})
 
-    def cost_given_up(self, reason: str) -> None:
+    def cost_released(self, reason: str) -> None:
         """The learned cost was wrong; budget and admission do without it until it is learned again."""
-        self._write(logging.WARNING, "the learned cost was given up", {"reason": reason})
+        self._write(logging.WARNING, "the learned cost was released", {"reason": reason})
 
-    def settings(self, by: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def settings(self, by: str, before: Fields, after: Fields) -> None:
         """Settings were changed by `by`; both mappings have the same names."""
         for name, value in after.items():
             fields = {"by": by, "setting": name, "before": before[name], "after": value}
@@ -152,20 +164,21 @@ class ServerLog:
         self._write(logging.INFO, "the server was replaced", {"model": model, "url": url})
 
     def panel_failed(self, incident: Incident) -> None:
-        """The panel could not look or send; it goes on."""
+        """The panel could not read the server or send a frame; it tries again."""
         self._write(logging.WARNING, "the panel failed", {"error": incident.cause}, incident)
 
+    def observer_failed(self, incident: Incident) -> None:
+        """An observer of records has raised, and was removed."""
+        self._write(
+            logging.WARNING, "an observer failed and was removed", {"error": incident.cause}, incident
+        )
+
     def close(self) -> None:
-        """Write what is still to be said about lines that were left out."""
-        self._summaries(math.inf)
+        """Write how many lines were left out in the periods that have not ended."""
+        self._write_left_out(math.inf)
 
     def _write(
-        self,
-        level: int,
-        text: str,
-        fields: Mapping[str, Any],
-        incident: Incident | None = None,
-        cause: str = "",
+        self, level: int, text: str, fields: Fields, incident: Incident | None = None, cause: str = ""
     ) -> None:
         if self._admits(level, cause or f"{text} {fields.get('error', '')}"):
             self._emit(level, text, fields, incident)
@@ -174,11 +187,11 @@ class ServerLog:
         if not _logger.isEnabledFor(level):
             return False
         now = self._clock()
-        self._summaries(now)
+        self._write_left_out(now)
         with self._lock:
             return self._limiter.admits(level, cause, now)
 
-    def _emit(self, level: int, text: str, fields: Mapping[str, Any], incident: Incident | None) -> None:
+    def _emit(self, level: int, text: str, fields: Fields, incident: Incident | None) -> None:
         trace = ""
         if incident is not None:
             with self._lock:
@@ -187,7 +200,7 @@ class ServerLog:
                     trace = incident.traceback
         _emit(_logger, level, text, {"server": self._server, **fields}, trace)
 
-    def _summaries(self, now: float) -> None:
+    def _write_left_out(self, now: float) -> None:
         with self._lock:
             ended = self._limiter.ended(now)
         for level, cause, count in ended:
@@ -195,13 +208,19 @@ class ServerLog:
             _emit(_logger, level, f"{count} more lines were left out", fields)
 
 
-def access(fields: Mapping[str, Any]) -> None:
+def _request_level(outcome: Outcome, incident: Incident | None) -> int:
+    if outcome is Outcome.FAILED:
+        return logging.ERROR
+    return logging.WARNING if outcome in SERVER_SIDE or incident is not None else logging.INFO
+
+
+def access(fields: Fields) -> None:
     """Write one line of the access log. No value may hold a token."""
     if _access.isEnabledFor(logging.INFO):
         _emit(_access, logging.INFO, "access", fields)
 
 
-def _emit(logger: logging.Logger, level: int, text: str, fields: Mapping[str, Any], trace: str = "") -> None:
+def _emit(logger: logging.Logger, level: int, text: str, fields: Fields, trace: str = "") -> None:
     known = {name: value for name, value in fields.items() if value not in (None, "")}
     words = " ".join(f"{name}={_word(value)}" for name, value in known.items())
     record = logger.makeRecord(logger.name, level, __file__, 0, f"{text}: {words}", (), None, None, known)
@@ -211,8 +230,8 @@ def _emit(logger: logging.Logger, level: int, text: str, fields: Mapping[str, An
         logger.handle(record)
 
 
-def _word(value: Any) -> str:
-    """A value in a line of text: quoted if it would fall apart, so that no value can begin a new line."""
+def _word(value: object) -> str:
+    """A value in a line of text, quoted unless it is one plain word: no value can begin a new line."""
     text = str(value)
     return text if text.isascii() and text.isprintable() and " " not in text else json.dumps(text)
 
@@ -223,7 +242,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 # -- for the command, which owns its process ---------------------------------------------------------
 
-# What every record has; the rest is ours, or what another library passed as `extra`.
+# What every record has. The rest are the fields of this kit, or what another library passed as `extra`.
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", "color_message"}
 
 
@@ -245,7 +264,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str = "info", form: str = "text") -> None:
-    """Send the log of this process to stderr. Only for a program that owns its process.
+    """Send the log of this process to stderr. Only for a program that owns its process, never in a kernel.
 
     Other libraries are shown from WARNING on, and Python's warnings become log lines.
 
@@ -261,4 +280,4 @@ def configure(level: str = "info", form: str = "text") -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.captureWarnings(True)
     _logger.setLevel(level.upper())
-    _access.setLevel(logging.INFO)  # whoever asks for it wants it, whatever the level of the rest
+    _access.setLevel(logging.INFO)  # it is written only on request, whatever the level of the rest

@@ -1,12 +1,13 @@
-"""Counters and windows fed by records; `snapshot()` for people, `families()` for Prometheus.
+"""Counters and windows of one server, kept by observing its records; read as `Statistics` and by Prometheus.
 
-Every second has a slot with what ended in it: outcomes, batches, and latencies as counts of
-logarithmic buckets (DDSketch: any quantile within 2 %). A window is a sum of slots, so percentiles
-are merged, never averaged, and memory does not depend on the load.
+Every second has a slot with what ended in it: outcomes, batches, and durations as counts of logarithmic
+buckets (DDSketch: any quantile within 2 %). A window is a sum of slots, so percentiles are merged, never
+averaged, and memory does not depend on the load.
 
-Records may come from any thread; one lock guards everything and is held for microseconds.
+Records may come from any thread. One lock guards everything and is held for microseconds.
 
-Not here: how it looks (`panel.py`), where it is served (`app.py`).
+Not here: the values that are read (`status.py`), their JSON (`stats_json.py`), where they are served
+(`http/app.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import bisect
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import ceil, log
+from typing import TypeVar
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -26,20 +28,25 @@ from prometheus_client.core import (
     Metric,
 )
 
-from serving_kit.failures.classify import Fault
+from serving_kit.model import FailureKind
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
+from serving_kit.status import Load, Percentiles, Second, SettingsChange, Statistics, Window
+
+E = TypeVar("E", Outcome, BatchReason, FailureKind)
 
 HISTORY_S = 300
 WINDOW_S = 30  # percentiles and rates are over this many seconds
 _GAMMA = 1.04  # bucket i holds (g^(i-1), g^i] microseconds: 2 % relative error
 _LOG_GAMMA = math.log(_GAMMA)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_KEPT_CHANGES = 200
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def bucket(seconds: float) -> int:
     """The logarithmic bucket of a duration."""
-    return math.ceil(math.log(max(seconds * 1e6, 1.0)) / _LOG_GAMMA)
+    microseconds = seconds * 1e6
+    return ceil(log(microseconds) / _LOG_GAMMA) if microseconds > 1 else 0
 
 
 def quantile(counts: Counter[int], q: float) -> float | None:
@@ -63,17 +70,17 @@ class Slot:
     arrivals: int = 0
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     latency: Counter[int] = field(default_factory=Counter)  # buckets, answered requests only
-    queue_wait: Counter[int] = field(default_factory=Counter)
-    forward: Counter[int] = field(default_factory=Counter)  # per batch
+    queue_time: Counter[int] = field(default_factory=Counter)
+    model_time: Counter[int] = field(default_factory=Counter)  # per batch
     sizes: Counter[int] = field(default_factory=Counter)  # batch size: batches
     reasons: Counter[BatchReason] = field(default_factory=Counter)  # why they were sent: batches
     tokens: int = 0
     padded_tokens: int = 0
-    busy: float = 0.0  # seconds that the model was busy
-    depth: int = 0  # deepest queue seen
-    in_flight: int = 0  # most items inside, waiting and running
-    last_depth: int = 0  # queue seen last: what a silent second after this one still has
-    point: dict[str, Any] | None = None  # as `series` tells it, once the second is over
+    busy_s: float = 0.0  # in which the model ran
+    depth: int = 0  # highest queue depth seen
+    in_flight: int = 0  # most items admitted and not answered
+    last_depth: int = 0  # queue depth seen last: what a second without events after this one still has
+    summary: Second | None = None  # once the second is over
 
 
 @dataclass(slots=True)
@@ -108,24 +115,37 @@ def gauge(name: str, text: str, *samples: tuple[Mapping[str, str], float]) -> Me
     return family
 
 
+def _counter(name: str, text: str, label: str, members: type[E], counts: Counter[E]) -> Metric:
+    """A counter with one value for each member of an enum."""
+    family = CounterMetricFamily(name, text, labels=[label])
+    for member in members:
+        family.add_metric([member.value], counts[member])
+    return family
+
+
 class Metrics:
-    """The numbers of one server. `add_*` and the readers may be called from any thread."""
+    """The numbers of one server. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self.outcomes: Counter[Outcome] = Counter()
-        self.reasons: Counter[BatchReason] = Counter()
-        self.faults: Counter[Fault] = Counter()
-        self.items = 0
-        self.wasted = 0
         self._lock = threading.Lock()
         self._slots: deque[Slot] = deque(maxlen=HISTORY_S)
-        self._request = _Histogram(_SECONDS)
-        self._queue_wait = _Histogram(_SECONDS)
-        self._forward = _Histogram(_SECONDS)
+        self._newest = Slot(0)  # the last of the slots, once there is one
+        self._newest_ends = -math.inf
+        self._changes: deque[tuple[float, Mapping[str, object]]] = deque(maxlen=_KEPT_CHANGES)
+        self._outcomes: Counter[Outcome] = Counter()
+        self._reasons: Counter[BatchReason] = Counter()
+        self._faults: Counter[FailureKind] = Counter()
+        self._items = 0
+        self._wasted_items = 0
+        self._latency_s = _Histogram(_SECONDS)
+        self._queue_time_s = _Histogram(_SECONDS)
+        self._model_time_s = _Histogram(_SECONDS)
         self._sizes = _Histogram(_SIZES)
 
+    # -- observing -------------------------------------------------------------------------------
+
     def add_arrival(self, now: float, queue_depth: int, in_flight: int = 0) -> None:
-        """A request has arrived and sees `queue_depth` items waiting, of `in_flight` inside."""
+        """A request has arrived while `in_flight` items were admitted, of which `queue_depth` waited."""
         with self._lock:
             slot = self._slot(now)
             slot.arrivals += 1
@@ -135,181 +155,196 @@ class Metrics:
 
     def add_request(self, record: RequestRecord) -> None:
         """A request has ended."""
+        outcome, queue_time_s = record.outcome, record.queue_wait_s
         with self._lock:
-            self.outcomes[record.outcome] += 1
+            self._outcomes[outcome] += 1
             slot = self._slot(record.finished)
-            slot.outcomes[record.outcome] += 1
-            if record.outcome is Outcome.OK:
-                slot.latency[bucket(record.latency)] += 1
-                self._request.add(record.latency)
-            if record.queue_wait is not None:
-                slot.queue_wait[bucket(record.queue_wait)] += 1
-                self._queue_wait.add(record.queue_wait)
+            slot.outcomes[outcome] += 1
+            if outcome is Outcome.OK:
+                latency_s = record.latency
+                slot.latency[bucket(latency_s)] += 1
+                self._latency_s.add(latency_s)
+            if queue_time_s is not None:
+                slot.queue_time[bucket(queue_time_s)] += 1
+                self._queue_time_s.add(queue_time_s)
 
     def add_batch(self, record: BatchRecord) -> None:
         """A batch has ended."""
+        model_time_s, size = record.model_time_s, record.size
         with self._lock:
-            self.reasons[record.reason] += 1
-            self.items += record.size
-            self.wasted += record.wasted
+            self._reasons[record.reason] += 1
+            self._items += size
+            self._wasted_items += record.wasted
             slot = self._slot(record.finished)
-            slot.sizes[record.size] += 1
+            slot.sizes[size] += 1
             slot.reasons[record.reason] += 1
-            slot.forward[bucket(record.forward)] += 1
+            slot.model_time[bucket(model_time_s)] += 1
             slot.tokens += record.tokens
             slot.padded_tokens += record.padded_tokens
-            slot.busy += record.forward
+            slot.busy_s += model_time_s
             slot.last_depth = record.left_waiting
-            slot.depth = max(slot.depth, record.left_waiting + record.size)
-            slot.in_flight = max(slot.in_flight, record.left_waiting + record.size)
-            self._forward.add(record.forward)
-            self._sizes.add(record.size)
+            slot.depth = max(slot.depth, record.left_waiting + size)
+            slot.in_flight = max(slot.in_flight, record.left_waiting + size)
+            self._model_time_s.add(model_time_s)
+            self._sizes.add(size)
 
-    def add_fault(self, fault: Fault) -> None:
+    def add_failure(self, fault: FailureKind) -> None:
         """Something went wrong on the model thread."""
         with self._lock:
-            self.faults[fault] += 1
+            self._faults[fault] += 1
+
+    def add_change(self, now: float, settings: Mapping[str, object]) -> None:
+        """Settings were changed to these values."""
+        with self._lock:
+            self._changes.append((now, settings))
+
+    # -- reading ---------------------------------------------------------------------------------
 
     def requests(self) -> int:
-        """How many have ended."""
+        """How many requests have ended."""
         with self._lock:
-            return self.outcomes.total()
+            return self._outcomes.total()
 
-    def snapshot(self, now: float) -> dict[str, Any]:
-        """The totals, and the last `WINDOW_S` seconds. Durations are in milliseconds."""
-        with self._lock:
-            window = [slot for slot in self._slots if slot.second > now - WINDOW_S]
-            latency = _merge(slot.latency for slot in window)
-            waits = _merge(slot.queue_wait for slot in window)
-            forwards = _merge(slot.forward for slot in window)
-            sizes = _merge(slot.sizes for slot in window)
-            outcomes = _merge(slot.outcomes for slot in window)
-            tokens = sum(slot.tokens for slot in window)
-            padded = sum(slot.padded_tokens for slot in window)
-            first = self._slots[0].second if self._slots else now
-            seconds = max(1.0, min(WINDOW_S, now - first))
-            batches = sizes.total()
-            return {
-                "requests": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
-                "batches": {reason.value: self.reasons[reason] for reason in BatchReason},
-                "faults": {fault.value: self.faults[fault] for fault in Fault},
-                "items": self.items,
-                "wasted_items": self.wasted,
-                "window": {
-                    "seconds": seconds,
-                    "arrivals_per_s": sum(slot.arrivals for slot in window) / seconds,
-                    "answers_per_s": outcomes[Outcome.OK] / seconds,
-                    "batches_per_s": batches / seconds,
-                    "batch_size_mean": sum(n * c for n, c in sizes.items()) / batches if batches else None,
-                    "batch_size_max": max(sizes, default=None),
-                    "padding": 1 - tokens / padded if padded else None,
-                    "busy": min(1.0, sum(slot.busy for slot in window) / seconds),
-                    "samples": latency.total(),
-                    "latency_ms": _percentiles(latency),
-                    "queue_wait_ms": _percentiles(waits),
-                    "forward_ms": _percentiles(forwards),
-                },
-            }
+    def statistics(self, now: float, series: int = 0, load: Load | None = None) -> Statistics:
+        """The totals and the last `WINDOW_S` seconds.
 
-    def series(self, now: float, seconds: int = 120) -> list[dict[str, Any]]:
-        """One entry for each of the last `seconds` seconds, oldest first, silent ones included.
-
-        What is older than `HISTORY_S` is not known: ask for no more.
+        Args:
+            now: On the clock of the records.
+            series: Add an entry for each of the last so many seconds, at most `HISTORY_S`, and the changes
+                of settings.
+            load: What is waiting and in flight at `now`, for the last of these entries.
         """
         with self._lock:
-            slots = {slot.second: slot for slot in self._slots}
-            last = math.floor(now)
-            points, depth = [], 0
-            for second in range(last - seconds + 1, last + 1):
-                slot = slots.get(second) or Slot(second, depth=depth, last_depth=depth)
-                depth = slot.last_depth
-                # A second that is over does not change; a late record may still reach the one before.
-                point = slot.point or _point(slot)
-                if second < last - 1:
-                    slot.point = point
-                points.append(dict(point))
-            return points
+            return Statistics(
+                requests=_by_member(Outcome, self._outcomes),
+                batches=_by_member(BatchReason, self._reasons),
+                faults=_by_member(FailureKind, self._faults),
+                items=self._items,
+                wasted_items=self._wasted_items,
+                window=self._window(now),
+                series=self._series(now, min(series, HISTORY_S), load or Load(0, 0)),
+                changes=tuple(SettingsChange(now - at, settings) for at, settings in self._changes)
+                if series > 0
+                else (),
+            )
 
-    def families(self, queue_depth: int, in_flight: int) -> Iterator[Metric]:
+    def families(self, load: Load) -> Iterator[Metric]:
         """Everything since the start, as Prometheus metric families."""
         with self._lock:
-            requests = CounterMetricFamily(
-                "serving_kit_requests", "Requests by how they ended.", labels=["outcome"]
-            )
-            for outcome in Outcome:
-                requests.add_metric([outcome.value], self.outcomes[outcome])
-            batches = CounterMetricFamily(
-                "serving_kit_batches", "Batches by why they were sent.", labels=["reason"]
-            )
-            for reason in BatchReason:
-                batches.add_metric([reason.value], self.reasons[reason])
-            faults = CounterMetricFamily(
-                "serving_kit_faults", "What went wrong in the model or around it.", labels=["kind"]
-            )
-            for fault in Fault:
-                faults.add_metric([fault.value], self.faults[fault])
             families = [
-                requests,
-                batches,
-                faults,
+                _counter(
+                    "serving_kit_requests", "Requests by how they ended.", "outcome", Outcome, self._outcomes
+                ),
+                _counter(
+                    "serving_kit_batches",
+                    "Batches by why they were sent.",
+                    "reason",
+                    BatchReason,
+                    self._reasons,
+                ),
+                _counter(
+                    "serving_kit_faults",
+                    "What went wrong in the model or around it.",
+                    "kind",
+                    FailureKind,
+                    self._faults,
+                ),
                 CounterMetricFamily(
-                    "serving_kit_wasted_items", "Items run for nobody: gone or late.", value=self.wasted
+                    "serving_kit_wasted_items",
+                    "Items run for nobody: gone or late.",
+                    value=self._wasted_items,
                 ),
-                GaugeMetricFamily("serving_kit_queue_depth", "Items that wait.", value=queue_depth),
-                GaugeMetricFamily(
-                    "serving_kit_in_flight", "Items admitted and not yet answered.", value=in_flight
-                ),
+                gauge("serving_kit_queue_depth", "Items that wait.", ({}, load.queue_depth)),
+                gauge("serving_kit_in_flight", "Items admitted and not yet answered.", ({}, load.in_flight)),
                 self._sizes.family("serving_kit_batch_size", "Items per forward."),
-                self._queue_wait.family("serving_kit_queue_wait_seconds", "Arrival to start of the batch."),
-                self._forward.family("serving_kit_forward_seconds", "Duration of a batch."),
-                self._request.family("serving_kit_request_seconds", "Arrival to answer, answered requests."),
+                self._queue_time_s.family("serving_kit_queue_wait_seconds", "Arrival to start of the batch."),
+                self._model_time_s.family("serving_kit_forward_seconds", "Duration of a batch."),
+                self._latency_s.family(
+                    "serving_kit_request_seconds", "Arrival to answer, answered requests."
+                ),
             ]
         yield from families
 
+    def _window(self, now: float) -> Window:
+        slots = [slot for slot in self._slots if slot.second > now - WINDOW_S]
+        first = self._slots[0].second if self._slots else now
+        duration_s = max(1.0, min(WINDOW_S, now - first))
+        latency = _merge(slot.latency for slot in slots)
+        sizes = _merge(slot.sizes for slot in slots)
+        batches = sizes.total()
+        return Window(
+            duration_s=duration_s,
+            arrivals_per_s=sum(slot.arrivals for slot in slots) / duration_s,
+            answers_per_s=sum(slot.outcomes[Outcome.OK] for slot in slots) / duration_s,
+            batches_per_s=batches / duration_s,
+            batch_size_mean=sum(size * count for size, count in sizes.items()) / batches if batches else None,
+            batch_size_max=max(sizes, default=None),
+            padding=_padding(sum(slot.tokens for slot in slots), sum(slot.padded_tokens for slot in slots)),
+            busy=min(1.0, sum(slot.busy_s for slot in slots) / duration_s),
+            samples=latency.total(),
+            latency=_percentiles(latency),
+            queue_time=_percentiles(_merge(slot.queue_time for slot in slots)),
+            model_time=_percentiles(_merge(slot.model_time for slot in slots)),
+        )
+
+    def _series(self, now: float, seconds: int, load: Load) -> tuple[Second, ...]:
+        """One entry for each of the last seconds, also for those without events."""
+        slots = {slot.second: slot for slot in self._slots}
+        last = math.floor(now)
+        series, depth = [], 0
+        for second in range(last - seconds + 1, last + 1):
+            slot = slots.get(second) or Slot(second, depth=depth, last_depth=depth)
+            depth = slot.last_depth
+            # A second that is over does not change; a late record may still reach the one before.
+            summary = slot.summary or _summary(slot, load if second == last else Load(0, 0))
+            if second < last - 1:
+                slot.summary = summary
+            series.append(summary)
+        return tuple(series)
+
     def _slot(self, now: float) -> Slot:
         """The slot of `now`. Threads disagree by microseconds: a late record goes into the newest."""
-        second = math.floor(now)
-        if not self._slots or self._slots[-1].second < second:
-            self._slots.append(Slot(second))
-        return self._slots[-1]
+        if now >= self._newest_ends:
+            self._newest = Slot(math.floor(now))
+            self._newest_ends = self._newest.second + 1
+            self._slots.append(self._newest)
+        return self._newest
 
 
-def _merge(counters: Iterator[Counter[Any]]) -> Counter[Any]:
-    total: Counter[Any] = Counter()
+def _summary(slot: Slot, load: Load) -> Second:
+    depth = max(slot.depth, load.queue_depth)
+    return Second(
+        second=slot.second,
+        arrivals=slot.arrivals,
+        outcomes=dict(slot.outcomes),
+        queue_depth=depth,
+        in_flight=max(slot.in_flight, slot.depth, load.in_flight),
+        sizes=dict(sorted(slot.sizes.items())),
+        reasons=dict(slot.reasons),
+        padding=_padding(slot.tokens, slot.padded_tokens),
+        busy=min(1.0, slot.busy_s),
+        samples=slot.latency.total(),
+        latency=_percentiles(slot.latency),
+        queue_time=_percentiles(slot.queue_time),
+        model_time=_percentiles(slot.model_time),
+    )
+
+
+def _merge(counters: Iterable[Counter[int]]) -> Counter[int]:
+    total: Counter[int] = Counter()
     for counter in counters:
         total.update(counter)
     return total
 
 
-def _percentiles(counts: Counter[int]) -> dict[str, float | None]:
-    values = {"p50": quantile(counts, 0.5), "p95": quantile(counts, 0.95), "p99": quantile(counts, 0.99)}
-    return {name: None if value is None else round(value * 1e3, 3) for name, value in values.items()}
+def _by_member(members: type[E], counts: Counter[E]) -> dict[E, int]:
+    """The counts with every member of the enum, in its order."""
+    return {member: counts[member] for member in members}
 
 
-def _point(slot: Slot) -> dict[str, Any]:
-    shed = slot.outcomes[Outcome.SHED]
-    return {
-        "second": slot.second,
-        "arrivals": slot.arrivals,
-        "ok": slot.outcomes[Outcome.OK],
-        "shed": shed,
-        "expired": slot.outcomes[Outcome.EXPIRED],
-        "failed": slot.outcomes[Outcome.FAILED],
-        "unavailable": slot.outcomes[Outcome.UNAVAILABLE],
-        "other": slot.outcomes.total()
-        - shed
-        - slot.outcomes[Outcome.UNAVAILABLE]
-        - slot.outcomes[Outcome.OK]
-        - slot.outcomes[Outcome.EXPIRED]
-        - slot.outcomes[Outcome.FAILED],
-        "queue_depth": slot.depth,
-        "in_flight": max(slot.in_flight, slot.depth),
-        "sizes": {str(size): count for size, count in sorted(slot.sizes.items())},
-        "reasons": {reason.value: count for reason, count in slot.reasons.items()},
-        "padding": round(1 - slot.tokens / slot.padded_tokens, 4) if slot.padded_tokens else None,
-        "busy": min(1.0, slot.busy),
-        "samples": slot.latency.total(),
-        "latency_ms": _percentiles(slot.latency),
-        "queue_wait_ms": _percentiles(slot.queue_wait),
-        "forward_ms": _percentiles(slot.forward),
-    }
+def _padding(tokens: int, padded_tokens: int) -> float | None:
+    return 1 - tokens / padded_tokens if padded_tokens else None
+
+
+def _percentiles(counts: Counter[int]) -> Percentiles:
+    return Percentiles(quantile(counts, 0.5), quantile(counts, 0.95), quantile(counts, 0.99))

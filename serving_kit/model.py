@@ -173,3 +173,42 @@ class Model(Protocol):
             error: What it raised: the frames of its traceback hold tensors.
             thorough: Whether to look for old cycles too, which takes 0.1 s in a large process.
         """
+
+
+class Timing(NamedTuple):
+    """What one step took."""
+
+    padded_tokens: int
+    seconds: float
+
+
+class ServedModel(Model, Protocol):
+    """A model with what the server says about it."""
+
+    name: str
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What its owner should know."""
+
+    @property
+    def task_name(self) -> str:
+        """What it does: fill-mask, function."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu, cuda:0."""
+
+    @property
+    def media(self) -> bool:
+        """Whether its inputs are images or sound."""
+
+    @property
+    def timings(self) -> Sequence[Timing]:
+        """Steps that it has run before it was served."""
+
+    def changed(self) -> str:
+        """A change to the model that answers do not show, and the remedy; empty: none. Any thread; cheap."""
+
+    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+        """Raise `MalformedRequest` for what this model never takes. Loop thread; cheap."""

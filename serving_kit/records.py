@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from serving_kit.errors import ServingError
+    from serving_kit.model import FailureKind
 
 
 class Outcome(StrEnum):
@@ -27,6 +31,9 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # Enum's own is Python code, and every request is counted four times
 
 
+SERVER_SIDE = frozenset({Outcome.SHED, Outcome.EXPIRED, Outcome.UNAVAILABLE})  # not for the client to change
+
+
 class BatchReason(StrEnum):
     """Why a batch was sent when it was sent."""
 
@@ -37,6 +44,7 @@ class BatchReason(StrEnum):
     ALL_PRESENT = "all_present"  # everybody who had been answered was back
     DRAIN = "drain"  # the server is stopping: finish what was admitted
     RETRY = "retry"  # a part of a batch that had failed
+    CONTINUED = "continued"  # items that go on after their last step, and those that joined them
 
 
 class RequestRecord(NamedTuple):
@@ -46,10 +54,12 @@ class RequestRecord(NamedTuple):
     finished: float
     outcome: Outcome
     items: int  # queue items that it was split into; 0 if it never reached the queue
-    queue_wait: float | None  # longest wait of its items from arrival to batch start; None: never started
-    forward: float | None  # duration of the batch that held that item; None: never started
+    queue_wait_s: float | None  # longest wait of its items from arrival to batch start; None: never started
+    model_time_s: float | None  # of the item that waited longest, first step to last; None: never started
     request_id: str = ""  # as the HTTP answer carried it; empty for calls from the kernel
     incident: str | None = None  # id of the `Incident` that ended it
+    error: str = ""  # class of the exception that ended it; empty: it was answered
+    reason: str = ""  # the text for its client, of the outcomes in `SERVER_SIDE` only
 
     @property
     def latency(self) -> float:
@@ -59,7 +69,7 @@ class RequestRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """One finished call of the model."""
+    """One finished step."""
 
     started: float
     finished: float
@@ -67,15 +77,36 @@ class BatchRecord:
     tokens: int  # their lengths, added up
     padded_tokens: int  # size x longest
     reason: BatchReason
-    oldest_wait: float  # seconds from the oldest item's arrival to the start
+    oldest_wait_s: float  # seconds from the oldest item's arrival to the start
     left_waiting: int  # items still queued when it started
     wasted: int  # items whose client had gone, or whose time was up, when it ended
     ok: bool
 
     @property
-    def forward(self) -> float:
+    def model_time_s(self) -> float:
         """Seconds that the model was busy."""
         return self.finished - self.started
+
+
+class FailureRecord(NamedTuple):
+    """The model, or the kit's own thread, has raised. Once for each exception."""
+
+    error: ServingError  # what the clients are told; observers may set its `incident`
+    cause: BaseException
+    kind: FailureKind
+
+
+class BreakerRecord(NamedTuple):
+    """The circuit breaker has changed its state."""
+
+    state: str
+    reason: str  # empty: closed
+
+
+class CostReleasedRecord(NamedTuple):
+    """The learned cost was wrong and is learned again."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +134,9 @@ class Incident:
 
     def __str__(self) -> str:
         return f"incident {self.id} ({self.outcome}): {self.error}\n{self.traceback}".rstrip()
+
+
+Record = RequestRecord | BatchRecord | FailureRecord | BreakerRecord | CostReleasedRecord
 
 
 def shorten(text: str, most: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ from serving_kit.script import stop_signals
 from serving_kit.service import Service
 from serving_kit.settings import Knobs, Settings, with_knobs
 from serving_kit.spec import ServeSpec
+from serving_kit.stats_json import stats_json
+from serving_kit.status import ServerStatus, State
 from serving_kit.values import as_python
 
 # Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
@@ -120,15 +123,22 @@ class Server:
         Args:
             series: Add one entry for each of the last so many seconds, and the knobs that moved.
         """
-        snapshot = self._service.snapshot(series)
+        return {**stats_json(self._status(), self._service.statistics(series)), "url": self.url}
+
+    def _status(self) -> ServerStatus:
+        """The status of the service, and what is known about it only here."""
+        status = self._service.status()
         if self._replaced:
-            snapshot["reason"] = "replaced by a newer run of serve()"
-        elif self._inline.died:
-            snapshot |= {"state": "failed", "reason": "the server's thread has died: run serve() again"}
-        elif self._successor_since is not None:
-            waited = time.monotonic() - self._successor_since
-            snapshot["reason"] = f"a newer run is loading its model, for {waited:.0f} s"
-        return {**snapshot, "url": self.url}
+            reason = "replaced by a newer run of serve()"
+            return dataclasses.replace(status, state=State.REPLACED, reason=reason)
+        if self._inline.died:
+            reason = "the server's thread has died: run serve() again"
+            return dataclasses.replace(status, state=State.FAILED, reason=reason)
+        if self._successor_since is not None:
+            waited_s = time.monotonic() - self._successor_since
+            reason = f"a newer run is loading its model, for {waited_s:.0f} s"
+            return dataclasses.replace(status, reason=reason)
+        return status
 
     def history(self) -> Any:
         """The last five minutes, one row for each second: a DataFrame, or without pandas a list of dicts.
@@ -222,12 +232,10 @@ class Server:
         self.stop()
 
     def __repr__(self) -> str:
-        state, _ = self._service.state()
-        state = "replaced" if self._replaced else "failed" if self._inline.died else state
-        requests = self._service.metrics.requests()
+        status, requests = self._status(), self._service.metrics.requests()
         return (
-            f"<serving_kit.Server {self.name!r}: {self._service.model_name} ({self._service.task}) "
-            f"at {self.url}, {state}, {requests} requests>"
+            f"<serving_kit.Server {self.name!r}: {status.model} ({status.task}) "
+            f"at {self.url}, {status.state}, {requests} requests>"
         )
 
     def _ipython_display_(self) -> None:

@@ -12,22 +12,18 @@ Not here: bodies and statuses (`app.py`, `formats.py`), threads (`batching.py`).
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
-import os
-import secrets
 import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client.core import Metric
 
-from serving_kit.batching import Batcher
+from serving_kit.batching import Batcher, ModelThread, WorkerFactory
+from serving_kit.engine import Engine
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -38,56 +34,20 @@ from serving_kit.errors import (
     Stopping,
     error_text,
 )
-from serving_kit.execution import Model, Result
-from serving_kit.failures import classify
-from serving_kit.failures.breaker import Gate
-from serving_kit.log import ServerLog
-from serving_kit.metrics import HISTORY_S, Metrics, gauge
-from serving_kit.records import Incident, Outcome, RequestRecord, shorten
-from serving_kit.scheduling.scheduler import Item, Scheduler
+from serving_kit.events import Chunk, Done, End, Failed
+from serving_kit.items import Item
+from serving_kit.model import Input, ServedModel
+from serving_kit.records import Incident, Outcome, RequestRecord
+from serving_kit.scheduling.cost import CostModel
+from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
+from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
+from serving_kit.status_reader import StatusReader
+from serving_kit.telemetry import Telemetry
 
-_KEPT_INCIDENTS = 100
-_LONGEST_ERROR, _LONGEST_TRACEBACK = 2000, 20_000  # characters kept of each
-_KEPT_REQUEST_IDS = 32  # of one incident
-_KEPT_CHANGES = 200
-_LOOK_AT_MODEL_S = 1.0  # between two looks at what a notebook has done to the model
-# A forward is called stuck when it has run longer than `timeout_ms` times the first, and longer than 95 of
-# 100 such forwards times the second, and in any case longer than a pause of the machine.
-_STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
-_TOO_LATE = Result()  # what the alarm puts in place of an answer
-
-
-class ServedModel(Model, Protocol):
-    """A model with what people want to know about it."""
-
-    name: str
-    max_batch_size: int | None  # None: any
-    notes: Sequence[str]  # what its owner should know
-
-    @property
-    def task_name(self) -> str:
-        """What it does."""
-
-    @property
-    def device(self) -> str:
-        """Where it runs."""
-
-    @property
-    def media(self) -> bool:
-        """Whether its inputs are images or sound."""
-
-    @property
-    def timings(self) -> Sequence[tuple[int, float]]:
-        """Batches that it has run already: padded tokens, seconds."""
-
-    def changed(self) -> str:
-        """What was done to it that answers do not show, and the remedy; empty: nothing. Any thread; cheap."""
-
-    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
-        """Raise `MalformedRequest` for what no model state could make right. Loop thread; cheap."""
+_TOO_LATE = Failed(DeadlineExceeded("the request's time was up"))  # the alarm's
 
 
 @dataclass(slots=True)
@@ -100,8 +60,8 @@ class Ticket:
     request_id: str = ""
     shortened: bool = False  # by the client, who gives it less time than the server does
     items: int = 0
-    queue_wait: float | None = None
-    forward: float | None = None
+    queue_wait_s: float | None = None
+    model_time_s: float | None = None
     held: int = 0  # bytes of its body that have been read
 
     def hold(self, size: int) -> None:
@@ -120,6 +80,11 @@ class Ticket:
         if timeout_s is not None and self.arrived + timeout_s < self.deadline:
             self.deadline = self.arrived + timeout_s
             self.shortened = True
+
+    def note(self, end: End) -> None:
+        """A request has waited as long as the item that waited longest."""
+        if end.queue_wait_s is not None and end.queue_wait_s >= (self.queue_wait_s or 0.0):
+            self.queue_wait_s, self.model_time_s = end.queue_wait_s, end.model_time_s
 
     def limit_text(self) -> str:
         """The time that it may take, and whose limit that is."""
@@ -145,7 +110,7 @@ class Ticket:
         if isinstance(error, ServingError):
             outcome = error.outcome
             if error.__cause__ is not None and error.incident is None:  # raised on the way out
-                service.keep_incident(error, error.__cause__)
+                service.telemetry.incidents.keep(error, error.__cause__)
         elif isinstance(error, asyncio.CancelledError):
             outcome = Outcome.CANCELLED
         elif error is not None:
@@ -153,7 +118,7 @@ class Ticket:
             if isinstance(error, Exception):
                 detail = error_text(error)
                 told = failed = ModelFailed("the server failed on this request", detail=detail)
-                service.keep_incident(failed, error)
+                service.telemetry.incidents.keep(failed, error)
         incident = told.incident if isinstance(told, ServingError) else None
         ended = service.clock()
         record = RequestRecord(
@@ -161,22 +126,14 @@ class Ticket:
             ended,
             outcome,
             self.items,
-            self.queue_wait,
-            self.forward,
+            self.queue_wait_s,
+            self.model_time_s,
             self.request_id,
             incident,
         )
-        service.add_request(record, told)
+        service.telemetry.request_ended(record, told)
         if failed is not None:
             raise failed from error
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A knob that was moved."""
-
-    at: float  # on the service's clock
-    knobs: Mapping[str, Any]  # name: new value
 
 
 class Service:
@@ -192,8 +149,10 @@ class Service:
         retry: Whether a batch that raised may run again in parts.
         live_timeout_s: See `live`; None: never.
         clock: Seconds, monotonic.
+        make_worker: Makes what runs the model; for the simulator.
 
     Attributes:
+        telemetry: Metrics, incidents, log, and the observers of requests and steps.
         notes: What the owner should know about how this model is served.
 
     Raises:
@@ -211,14 +170,15 @@ class Service:
         retry: bool = True,
         live_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        make_worker: WorkerFactory = ModelThread,
     ) -> None:
         settings = settings or Settings()
         check_live_timeout(live_timeout_s)
         self.notes = list(model.notes)
-        most = model.max_batch_size
-        if most is not None and settings.max_batch_size > most and "max_batch_size" not in given:
-            settings = settings.replace(max_batch_size=most)
-            self.notes.append(f"max_batch_size is {most}: {_obstacle(model)}")
+        most = model.limits.max_batch_size
+        if most is not None and settings.max_batch_size > most.value and "max_batch_size" not in given:
+            settings = settings.replace(max_batch_size=most.value)
+            self.notes.append(f"max_batch_size is {most.value}: {most.reason}")
         _refuse_what_it_cannot(model, settings)
         self.name = name
         self.model_name, self.task, self.device = model.name, model.task_name, model.device
@@ -230,25 +190,15 @@ class Service:
         self.draining_since: float | None = None
         self.stopped = False
         self.held = 0  # bytes of the bodies of all requests under way
-        self.metrics = Metrics()
-        self.log = ServerLog(name, clock)
-        self.batcher = Batcher(
-            model,
-            Scheduler(settings),
-            on_batch=self.metrics.add_batch,
-            on_error=self._keep_fault,
-            on_breaker=lambda gate, reason: self.log.breaker(gate.value, reason),
-            on_cost_given_up=self.log.cost_given_up,
-            clock=clock,
-            retry=retry,
-        )
+        self.telemetry = Telemetry(name, clock)
+        self.metrics, self.log = self.telemetry.metrics, self.telemetry.log
+        self._reader = StatusReader(self)
+        cost = CostModel()
         for timing in model.timings:
-            self.batcher.scheduler.cost.observe(*timing)
-        self._changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
-        self._incidents: dict[str, Incident] = {}  # by id, oldest first
-        self._keeping = threading.Lock()  # around every use of the two above
+            cost.observe(*timing)
+        engine = Engine(Scheduler(settings, cost), canary=model.example, retry=retry)
+        self.batcher = Batcher(model, engine, self.telemetry.report, clock=clock, make_worker=make_worker)
         self._tuning = threading.Lock()
-        self._change = -math.inf, ""  # when the model was last looked at, and what had changed
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -288,7 +238,7 @@ class Service:
         """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
         self.stopped = True
         self.model = None
-        self.batcher.abandon()
+        self.batcher.release()
 
     def join(self, timeout: float) -> bool:
         """Wait for the model thread's end, after `stop` or `abandon`. Returns whether it has ended."""
@@ -327,9 +277,9 @@ class Service:
         """
         if self.model is not None:
             self.model.check(values, parameters)
-        limits = {"arrived": ticket.arrived, "deadline": ticket.deadline}
+        inputs = [Input(value, parameters) for value in values]
         try:
-            items = self.batcher.submit(values, parameters, **limits)
+            items = self.batcher.submit(inputs, arrived=ticket.arrived, deadline=ticket.deadline)
         except DeadlineExceeded:  # less time than any call of the model takes
             raise ticket.expired() from None
         ticket.items = len(items)
@@ -338,30 +288,73 @@ class Service:
         answers = []
         try:
             for index, item in enumerate(items):
-                result: Result = await item.payload.future
-                if result is _TOO_LATE:
-                    raise ticket.expired()
-                _note(ticket, result)
-                if isinstance(result.error, DeadlineExceeded):
-                    raise ticket.expired()
-                if result.error is not None:
-                    raise _located(result.error, index, len(items))
-                answers.append(result.value)
+                end: End = await item.payload.ended
+                ticket.note(end)
+                if isinstance(end, Failed):
+                    if isinstance(end.error, DeadlineExceeded):
+                        raise ticket.expired()
+                    raise _located(end.error, index, len(items))
+                answers.append(end.value)
         except BaseException:
-            unheard = [item for item in items if not _answered(item.payload.future)]
-            if unheard:
-                self.batcher.cancel(unheard)
+            unanswered = [item for item in items if not _has_ended(item.payload.ended)]
+            if unanswered:
+                self.batcher.cancel(unanswered)
             raise
         finally:
             alarm.cancel()
         return answers
+
+    async def stream(
+        self, value: Any, parameters: Mapping[str, Any], ticket: Ticket, stream_timeout_s: float
+    ) -> AsyncIterator[Chunk | Done]:
+        """The answer to one input in pieces: `Chunk`s as they come, then `Done`.
+
+        Closing the iterator gives up the item. Raises as `predict` does, also after some chunks.
+
+        Args:
+            value: One input.
+            parameters: Of the call.
+            ticket: Of the request; its deadline is that of the first chunk.
+            stream_timeout_s: Seconds from arrival to the last chunk.
+        """
+        if self.model is not None:
+            self.model.check([value], parameters)
+        ends = max(ticket.arrived + stream_timeout_s, ticket.deadline)
+        try:
+            (item,) = self.batcher.submit(
+                [Input(value, parameters)],
+                arrived=ticket.arrived,
+                deadline=ticket.deadline,
+                stream_deadline=ends,
+            )
+        except DeadlineExceeded:
+            raise ticket.expired() from None
+        ticket.items = 1
+        loop = asyncio.get_running_loop()
+        alarm = loop.call_later(ticket.deadline - self.clock(), _time_is_up, [item])
+        try:
+            async for event in item.payload.events():
+                if isinstance(event, Failed):
+                    ticket.note(event)
+                    raise ticket.expired() if isinstance(event.error, DeadlineExceeded) else event.error
+                if isinstance(event, Done):
+                    ticket.note(event)
+                elif ticket.deadline != ends:
+                    ticket.deadline = ends
+                    alarm.cancel()
+                    alarm = loop.call_later(ends - self.clock(), _time_is_up, [item])
+                yield event
+        finally:
+            alarm.cancel()
+            if not _has_ended(item.payload.ended):
+                self.batcher.cancel([item])
 
     # -- knobs -----------------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
         """The knobs in force."""
-        return self.batcher.scheduler.settings
+        return self.batcher.settings
 
     def tune(self, by: str = "code", /, **changes: Any) -> Settings:
         """Change some knobs, all or none; they count from the next decision.
@@ -384,8 +377,7 @@ class Service:
             self.batcher.tune(settings)
             if changes:
                 values = {name: getattr(settings, name) for name in changes}
-                with self._keeping:
-                    self._changes.append(Change(self.clock(), values))
+                self.metrics.add_change(self.clock(), values)
                 self.log.settings(by, {name: getattr(before, name) for name in changes}, values)
         return settings
 
@@ -397,167 +389,39 @@ class Service:
             return limit
         return _MEDIA_BODY if self.model is not None and self.model.media else _TEXT_BODY
 
-    # -- what people ask -------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------
 
-    def state(self) -> tuple[str, str]:
-        """One word and a reason: ready, starting, draining, stopped, stuck or failed.
-
-        Stuck: one forward has run longer than twice `timeout_ms`, longer than three times what such
-        batches are expected to take at most, and longer than 5 s. It is ready again when that one ends.
-        """
-        if self.stopped:
-            return "stopped", "the server has stopped"
-        if self.started_at is None:
-            return "starting", "the model is not ready yet"
-        if self.leaving or self.batcher.scheduler.draining:
-            return "draining", "the server is stopping"
-        if trouble := self.batcher.trouble():
-            return "failed", trouble
-        if (stuck_s := self._stuck_for()) is not None:
-            return "stuck", f"one forward has been running for {stuck_s:.0f} s, far longer than expected"
-        return "ready", self.batcher.doubt()
+    def state(self) -> tuple[State, str]:
+        """The state, and the reason for it; empty: there is none."""
+        return self._reader.state()
 
     def live(self) -> tuple[bool, str]:
-        """Whether the process can recover without a restart, and why not.
+        """Whether the process can recover without a restart, and why not; see `StatusReader.live`."""
+        return self._reader.live()
 
-        False only where `live_timeout_s` is set: once a forward that is stuck (see `state`) has run longer
-        than that. Python cannot end a forward; whoever runs the process can.
-        """
-        stuck_s = self._stuck_for()
-        if self.live_timeout_s is None or stuck_s is None or stuck_s <= self.live_timeout_s:
-            return True, ""
-        return False, f"one forward has been running for {stuck_s:.0f} s; the process must be restarted"
+    def status(self) -> ServerStatus:
+        """The server now."""
+        return self._reader.status()
 
-    def _stuck_for(self) -> float | None:
-        """Seconds that a forward has run that takes far too long; None: there is none."""
-        running = self.batcher.running
-        if running is None:
-            return None
-        expected_s = max(_STUCK_TIMEOUTS * self.settings.timeout_s, _STUCK_EXPECTED * running.expected_s)
-        took_s = self.clock() - running.since
-        return took_s if took_s > max(expected_s, _STUCK_AT_LEAST_S) else None
+    def statistics(self, series: int = 0) -> Statistics:
+        """The numbers now; with `series`, also one entry for each of the last so many seconds."""
+        return self._reader.statistics(series)
 
-    def snapshot(self, series: int = 0) -> dict[str, Any]:
-        """Everything that there is to see now, as a JSON object. Durations are in milliseconds.
-
-        Args:
-            series: Add `series`, one entry for each of the last so many seconds (at most 300), and
-                `changes`, the knobs that moved.
-        """
-        state, reason = self.state()
-        core = self.batcher.status()
-        now = self.clock()
-        history: dict[str, Any] = {}
-        if series > 0:
-            with self._keeping:
-                moved = list(self._changes)
-            points = self.metrics.series(now, min(series, HISTORY_S))
-            points[-1]["queue_depth"] = max(points[-1]["queue_depth"], core.load.queue_depth)
-            points[-1]["in_flight"] = max(points[-1]["in_flight"], core.load.in_flight)
-            changes = [{"ago_s": round(now - c.at, 3), "knobs": dict(c.knobs)} for c in moved]
-            history = {"series": points, "changes": changes}
-        return {
-            "name": self.name,
-            "model": self.model_name,
-            "task": self.task,
-            "device": self.device,
-            "state": state,
-            "reason": reason or self._changed(),
-            "notes": [*self.notes],
-            "uptime_s": 0.0 if self.started_at is None else round(now - self.started_at, 3),
-            "queue_depth": core.load.queue_depth,
-            "in_flight": core.load.in_flight,
-            "settings": self.settings.to_dict(),
-            "cost": {
-                "known": core.cost_known,
-                "doubt": core.cost_doubt,
-                "call_ms": core.call_s * 1e3,
-                "token_us": core.token_s * 1e6,
-                "max_batch_tokens": core.max_batch_tokens,
-                "memory_limit_tokens": core.memory_limit_tokens,
-            },
-            **self.metrics.snapshot(now),
-            **history,
-        }
-
-    def _changed(self) -> str:
-        """What the owner has done to the model that answers do not show."""
-        now, model = self.clock(), self.model
-        looked_at, changed = self._change
-        if model is not None and now - looked_at >= _LOOK_AT_MODEL_S:
-            changed = model.changed()
-            self._change = now, changed
-        return changed
+    def families(self) -> Iterator[Metric]:
+        """Everything that Prometheus is told about this server."""
+        return self._reader.families()
 
     def incidents(self) -> list[Incident]:
         """The latest failures, newest first. For the owner only."""
-        with self._keeping:
-            return list(self._incidents.values())[::-1]
+        return self.telemetry.incidents.latest()
 
-    def families(self) -> Iterator[Metric]:
-        """Everything that a Prometheus scraper is told about this server."""
-        core = self.batcher.status()
-        yield from self.metrics.families(*core.load)
-        about = {"model": self.model_name, "task": self.task, "device": self.device, "server": self.name}
-        ready = self.state()[0] == "ready"
-        yield gauge("serving_kit_ready", "1 while /health answers 200.", ({}, ready))
-        states = [({"state": gate.value}, core.breaker is gate) for gate in Gate]
-        yield gauge("serving_kit_breaker_state", "1 for the state of the circuit breaker.", *states)
-        yield gauge("serving_kit_model_info", "What is served; always 1.", (about, 1))
+    def core_status(self) -> CoreStatus:
+        """What the engine reports."""
+        return self.batcher.status()
 
-    def add_request(self, record: RequestRecord, error: BaseException | None) -> None:
-        """Count and log a request that has ended, with what its client is told."""
-        self.metrics.add_request(record)
-        if error is not None:
-            incident = None
-            if record.incident is not None:
-                incident = self._attach(record.incident, record.request_id)
-            self.log.request(record, error, incident)
-
-    def keep_incident(self, failed: ServingError, error: BaseException) -> Incident:
-        """Remember what really happened, under an id that the client may be told."""
-        incident = make_incident(error, failed.outcome)
-        failed.incident = incident.id
-        with self._keeping:
-            self._incidents[incident.id] = incident
-            if len(self._incidents) > _KEPT_INCIDENTS:
-                del self._incidents[next(iter(self._incidents))]
-        return incident
-
-    def route_failed(self, failed: ServingError, error: BaseException, request_id: str) -> None:
-        """Remember and log the failure of a route that asks no model."""
-        incident = self.keep_incident(failed, error)
-        self.log.failed_elsewhere(self._attach(incident.id, request_id) or incident)
-
-    def _attach(self, incident: str, request_id: str) -> Incident | None:
-        """Note that an incident has ended this request, too. None: it is too old to be known."""
-        with self._keeping:
-            known = self._incidents.get(incident)
-            if known is None or not request_id or len(known.request_ids) >= _KEPT_REQUEST_IDS:
-                return known
-            known = dataclasses.replace(known, request_ids=(*known.request_ids, request_id))
-            self._incidents[incident] = known
-            return known
-
-    def _keep_fault(self, failed: ServingError, error: BaseException) -> None:
-        """Count and remember what went wrong on the model thread."""
-        if not isinstance(failed, InputRejected):
-            self.metrics.add_fault(classify.kind(error))
-        incident = self.keep_incident(failed, error)
-        if isinstance(error, classify.WorkerDied):
-            self.log.worker_died(incident)
-
-
-def make_incident(error: BaseException, outcome: Outcome = Outcome.FAILED) -> Incident:
-    """What the owner is told about an exception, within bounds."""
-    return Incident(
-        id=secrets.token_hex(4),
-        wall=time.time(),
-        outcome=outcome,
-        error=shorten(error_text(error), _LONGEST_ERROR),
-        traceback=shorten("".join(traceback.format_exception(error)), _LONGEST_TRACEBACK),
-        cause=_cause(error),
-    )
+    def model_changes(self) -> str:
+        """What was done to the model that answers do not show, and the remedy; empty: nothing."""
+        return "" if self.model is None else self.model.changed()
 
 
 def check_live_timeout(seconds: Any) -> None:
@@ -569,47 +433,24 @@ def check_live_timeout(seconds: Any) -> None:
         )
 
 
-def _cause(error: BaseException) -> str:
-    """What failures of one kind have in common: the class, and the line that raised."""
-    source = (isinstance(error, classify.WorkerDied) and error.__cause__) or error
-    name, frames = type(source).__name__[:60], source.__traceback__
-    while frames is not None and frames.tb_next is not None:
-        frames = frames.tb_next
-    if frames is None:
-        return name
-    file = os.path.basename(frames.tb_frame.f_code.co_filename)
-    return f"{name} at {file}:{frames.tb_lineno}"
-
-
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
-    most = model.max_batch_size
-    if most is not None and settings.max_batch_size > most:
+    most = model.limits.max_batch_size
+    if most is not None and settings.max_batch_size > most.value:
         raise SettingError(
-            f"max_batch_size must be {most} for {model.name}, got {settings.max_batch_size}: "
-            f"{_obstacle(model)}"
+            f"max_batch_size must be {most.value} for {model.name}, got {settings.max_batch_size}: "
+            f"{most.reason}"
         )
 
 
-def _obstacle(model: ServedModel) -> str:
-    return getattr(model, "batch_obstacle", "") or "this model takes fewer items at a time"
-
-
 def _time_is_up(items: Sequence[Item]) -> None:
-    """Wake the request that waits for these items."""
+    """End the request that waits for these items."""
     for item in items:
-        if not item.payload.future.done():
-            item.payload.future.set_result(_TOO_LATE)
+        item.payload.emit(_TOO_LATE)
 
 
-def _answered(future: asyncio.Future[Result]) -> bool:
-    """Whether the model thread is done with it. Giving up on a future cancels it, which is `done` too."""
-    return future.done() and not future.cancelled() and future.result() is not _TOO_LATE
-
-
-def _note(ticket: Ticket, result: Result) -> None:
-    """A request has waited as long as its last item has."""
-    if result.queue_wait is not None and result.queue_wait >= (ticket.queue_wait or 0.0):
-        ticket.queue_wait, ticket.forward = result.queue_wait, result.forward
+def _has_ended(ended: asyncio.Future[End]) -> bool:
+    """Whether the engine is done with it. Giving up on a future cancels it, which is `done` too."""
+    return ended.done() and not ended.cancelled() and ended.result() is not _TOO_LATE
 
 
 def _located(error: ServingError, index: int, items: int) -> ServingError:

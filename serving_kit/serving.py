@@ -246,7 +246,7 @@ def _introduction(server: Server) -> str:
 def _history(server: Server) -> str:
     """How long a server has run, and how many requests it has had."""
     service = server._service
-    up = service.snapshot()["uptime_s"]
+    up = service.status().uptime_s
     words = f"{up:.0f} s" if up < 120 else f"{up / 60:.0f} min"
     return f"up {words}, {service.metrics.requests()} requests"
 

@@ -6,6 +6,8 @@ import http.client
 import signal
 import socket
 import subprocess
+import threading
+from typing import Any
 
 import httpx
 import pytest
@@ -49,3 +51,48 @@ def read_to_end(raw: socket.socket) -> bytes:
     while more := raw.recv(65536):
         data += more
     return data
+
+
+def status_line(server: Any, request: bytes) -> bytes:
+    """The first line of the response to these bytes."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as raw:
+        raw.sendall(request)
+        return raw.makefile("rb").readline()
+
+
+class GatedModel:
+    """Upper case. The text "raise" raises, "nan" gives NaN, and "wait" waits until the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.inside = threading.Event()
+        self.sizes: list[int] = []
+
+    def __call__(self, texts: list[Any], *, suffix: str = "") -> list[Any]:
+        self.sizes.append(len(texts))
+        if "raise" in texts:
+            raise ValueError("the secret is /home/alice/token")
+        if "nan" in texts:
+            return [float("nan")] * len(texts)
+        if "wait" in texts:
+            self.inside.set()
+            assert self.gate.wait(10)
+        return [str(text).upper() + suffix for text in texts]
+
+
+def server_of(client: httpx.Client) -> Any:
+    """The server behind the fixture `client` of tests/http."""
+    return client.server  # type: ignore[attr-defined]
+
+
+def problem(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The problem document of a response; fail unless it has this status and quotes nothing private."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body["status"] == status
+    assert body["error"] == body["detail"]
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert "Traceback" not in response.text
+    assert "/home" not in response.text
+    return body

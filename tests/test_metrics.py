@@ -1,13 +1,17 @@
-"""Numbers from records: windows, percentiles, counters."""
+"""Statistics from records: totals, windows, series, percentiles."""
 
 import random
+import tracemalloc
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serving_kit.metrics import HISTORY_S, Metrics, bucket, quantile
+from serving_kit.model import FailureKind
 from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
+from serving_kit.status import Load, Percentiles
 
 pytestmark = pytest.mark.light
 
@@ -24,70 +28,113 @@ def batch(finished: float, size: int, reason: BatchReason = BatchReason.IDLE) ->
     values=st.lists(st.floats(1e-6, 1000), min_size=1, max_size=200),
     q=st.sampled_from([0.0, 0.5, 0.95, 0.99]),
 )
-def test_a_quantile_is_within_two_percent_of_the_true_one(values: list[float], q: float) -> None:
-    from collections import Counter
-
+def test_quantile_error(values: list[float], q: float) -> None:
+    """A quantile is within 2 % of the true one."""
     counts = Counter(map(bucket, values))
     true = sorted(values)[int(q * (len(values) - 1))]
     assert quantile(counts, q) == pytest.approx(true, rel=0.021, abs=1e-6)
 
 
-def test_without_samples_there_is_no_quantile() -> None:
-    metrics = Metrics()
-    window = metrics.snapshot(100.0)["window"]
-    assert window["latency_ms"] == {"p50": None, "p95": None, "p99": None}
-    assert window["batch_size_mean"] is None
-    assert window["padding"] is None
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-9, 1e-6])
+def test_bucket_of_tiny_durations(seconds: float) -> None:
+    assert bucket(seconds) == 0
 
 
-def test_the_window_forgets_and_the_totals_do_not() -> None:
+def test_window_without_samples() -> None:
+    window = Metrics().statistics(100.0).window
+    assert window.latency == Percentiles(None, None, None)
+    assert window.batch_size_mean is None
+    assert window.padding is None
+
+
+def test_totals_and_window() -> None:
+    """The window covers 30 s; the totals count from the start."""
     metrics = Metrics()
     for second in range(100):
         metrics.add_arrival(second, queue_depth=second)
         metrics.add_request(request(second, latency=0.001 * (second + 1)))
         metrics.add_batch(batch(second, 4))
-    snapshot = metrics.snapshot(99.5)
-    assert snapshot["requests"]["ok"] == 100
-    assert snapshot["items"] == 400
-    assert snapshot["wasted_items"] == 100
-    window = snapshot["window"]
-    assert window["samples"] == 30
-    assert window["latency_ms"]["p50"] == pytest.approx(85, rel=0.05)
-    assert window["answers_per_s"] == pytest.approx(1.0)
-    assert window["batch_size_mean"] == 4
-    assert window["padding"] == pytest.approx(0.2)
+    metrics.add_failure(FailureKind.MEMORY)
+    statistics = metrics.statistics(99.5)
+    assert metrics.requests() == statistics.requests[Outcome.OK] == 100
+    assert statistics.items == 400
+    assert statistics.wasted_items == 100
+    assert statistics.batches[BatchReason.IDLE] == 100
+    assert statistics.faults == {fault: int(fault is FailureKind.MEMORY) for fault in FailureKind}
+    window = statistics.window
+    assert window.samples == 30
+    assert window.latency.p50_s == pytest.approx(0.085, rel=0.05)
+    assert window.answers_per_s == window.arrivals_per_s == pytest.approx(1.0)
+    assert window.batch_size_mean == 4
+    assert window.padding == pytest.approx(0.2)
 
 
-def test_failures_do_not_pretty_the_latency() -> None:
+def test_latency_of_answers_only() -> None:
+    """Requests that failed do not lower the latency."""
     metrics = Metrics()
     metrics.add_request(request(5.0, latency=1.0))
     for _ in range(50):
         metrics.add_request(request(5.0, latency=1e-4, outcome=Outcome.SHED))
-    assert metrics.snapshot(5.5)["window"]["latency_ms"]["p50"] == pytest.approx(1000, rel=0.02)
+    assert metrics.statistics(5.5).window.latency.p50_s == pytest.approx(1.0, rel=0.02)
 
 
-def test_the_series_has_every_second_also_the_silent_ones() -> None:
+def test_series_has_every_second() -> None:
     metrics = Metrics()
     metrics.add_request(request(10.2, outcome=Outcome.EXPIRED))
     metrics.add_batch(batch(13.9, 2))
-    series = metrics.series(14.0, 5)
-    assert [point["second"] for point in series] == [10, 11, 12, 13, 14]
-    assert [point["expired"] for point in series] == [1, 0, 0, 0, 0]
-    assert series[3]["sizes"] == {"2": 1}
-    assert series[3]["queue_depth"] == 5
+    series = metrics.statistics(14.0, 5).series
+    assert [each.second for each in series] == [10, 11, 12, 13, 14]
+    assert [each.outcomes for each in series] == [{Outcome.EXPIRED: 1}, {}, {}, {}, {}]
+    assert series[3].sizes == {2: 1}
+    assert series[3].queue_depth == 5
 
 
-def test_a_silent_second_still_has_the_queue_that_waits_behind_a_long_forward() -> None:
+def test_series_keeps_queue_depth() -> None:
+    """A second without events has the queue that still waits behind a long model call."""
     metrics = Metrics()
     metrics.add_arrival(10.5, queue_depth=7)
-    assert [point["queue_depth"] for point in metrics.series(13.0, 5)] == [0, 7, 7, 7, 7]
+    series = metrics.statistics(13.0, 5).series
+    assert [each.queue_depth for each in series] == [0, 7, 7, 7, 7]
 
 
-def test_memory_does_not_grow_with_time_or_load() -> None:
+def test_last_second_has_current_load() -> None:
     metrics = Metrics()
-    dice = random.Random(1)
-    for second in range(3 * HISTORY_S):
-        for _ in range(5):
-            metrics.add_request(request(second, latency=dice.expovariate(10)))
-    assert len(metrics._slots) == HISTORY_S
-    assert len(metrics.series(3 * HISTORY_S, HISTORY_S)) == HISTORY_S
+    metrics.add_arrival(10.5, queue_depth=1, in_flight=2)
+    before, last = metrics.statistics(11.0, 2, Load(queue_depth=4, in_flight=6)).series
+    assert (before.queue_depth, before.in_flight) == (1, 2)
+    assert (last.queue_depth, last.in_flight) == (4, 6)
+
+
+def test_late_record_counts_in_newest_second() -> None:
+    metrics = Metrics()
+    metrics.add_request(request(11.0))
+    metrics.add_request(request(10.9))
+    assert [each.samples for each in metrics.statistics(11.5, 2).series] == [0, 2]
+
+
+def test_changes_come_with_series() -> None:
+    metrics = Metrics()
+    metrics.add_change(10.0, {"max_batch_size": 8})
+    assert metrics.statistics(12.0).changes == ()
+    [change] = metrics.statistics(12.0, 1).changes
+    assert (change.ago_s, change.settings) == (2.0, {"max_batch_size": 8})
+
+
+def test_memory_is_bounded() -> None:
+    """Memory depends neither on time nor on load."""
+    metrics, dice = Metrics(), random.Random(1)
+
+    def run(seconds: range) -> int:
+        for second in seconds:
+            for _ in range(5):
+                metrics.add_request(request(second, latency=0.001 + dice.random()))
+            metrics.add_change(second, {})
+        assert len(metrics.statistics(seconds[-1], 10 * HISTORY_S).series) == HISTORY_S
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        once = run(range(HISTORY_S))
+        assert run(range(HISTORY_S, 4 * HISTORY_S)) < 1.3 * once
+    finally:
+        tracemalloc.stop()

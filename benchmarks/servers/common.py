@@ -1,8 +1,8 @@
 """What the peers share: arguments, and the pipeline made safe to call with a batch.
 
-Every server runs with one torch thread. `answer` repairs what `pipeline(list)` would get wrong for a
-server (one list too many or too few, padding rows in the features), so that every peer gives each
-client what `pipeline(text)` gives: nobody is faster by being wrong.
+Every server runs with one torch thread. `answer` corrects what `pipeline(list)` returns in another shape
+than `pipeline(text)` (one list too many or too few, padding rows in the features), so that every peer gives
+each client what `pipeline(text)` gives.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def answer(pipe: Any, texts: Sequence[str]) -> list[Any]:
 
 
 def run(app: Any, port: int) -> None:
-    """Uvicorn as it comes, without a log line per request."""
+    """Uvicorn with its defaults, without a log line per request."""
     import uvicorn
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_keep_alive=60)

@@ -1,4 +1,4 @@
-"""A bare Starlette route that gives back what it got: what HTTP alone costs on this machine."""
+"""A bare Starlette route that returns the body of the request: what HTTP alone costs on this machine."""
 
 from common import arguments, run
 from starlette.applications import Starlette

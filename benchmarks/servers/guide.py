@@ -1,7 +1,7 @@
 """The server of the transformers guide "Web server inference": one text after the other.
 
-As in the guide, the pipeline runs in the event loop. Only `on_event`, which Starlette has dropped,
-became a lifespan.
+As in the guide, the pipeline runs in the event loop. Only `on_event`, which Starlette has removed, is
+replaced by a lifespan.
 """
 
 import asyncio

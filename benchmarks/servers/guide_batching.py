@@ -1,8 +1,8 @@
-"""The batching sample of the same guide, repaired.
+"""The batching sample of the same guide, corrected.
 
-The sample forgets the text of the first item of every batch, waits a second for each further one
-(its comment says a millisecond) and knows no largest batch. Here the first text is kept, the wait is
-the millisecond, and the batch ends at `--batch-size`. The rest is the guide's.
+The sample loses the text of the first item of every batch, waits a second for each further one (its
+comment says a millisecond) and does not bound the batch. Here the first text is kept, the wait is the
+millisecond, and the batch ends at `--batch-size`. The rest is the guide's.
 """
 
 import asyncio

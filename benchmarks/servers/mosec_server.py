@@ -1,4 +1,4 @@
-"""mosec: a Rust front, a Python worker. Its wait is the default 10 ms."""
+"""mosec: HTTP in Rust, a worker in Python. Its wait is the default 10 ms."""
 
 import os
 from typing import Any
@@ -14,7 +14,7 @@ class Pipeline(Worker):
         self.pipe = load(args)
 
     def forward(self, data: Any) -> Any:
-        if args.batch_size == 1:  # then mosec hands over the item itself
+        if args.batch_size == 1:  # then it is the item itself
             return answer(self.pipe, [data])[0]
         return answer(self.pipe, data)
 
@@ -25,6 +25,6 @@ if __name__ == "__main__":
     os.environ["MOSEC_TIMEOUT"] = str(round(args.timeout_ms))
     os.environ["MOSEC_LOG_LEVEL"] = "error"
     server = Server()
-    # The worker's own timeout kills the batch that runs; that is no deadline, so it stays out of the way.
+    # The worker's own timeout kills the running batch; it is no deadline, so it is set high.
     server.append_worker(Pipeline, max_batch_size=args.batch_size, max_wait_time=10, timeout=30)
     server.run()

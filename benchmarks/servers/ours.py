@@ -1,4 +1,4 @@
-"""serving_kit with its defaults, but for the timeout that every server is given."""
+"""serving_kit with its defaults, except for the timeout, which every server is given."""
 
 import torch
 from common import arguments, run

@@ -1,4 +1,4 @@
-"""serving_kit around a function that gives back what it got: what the kit itself costs."""
+"""serving_kit around a function that returns its inputs: what the kit itself costs."""
 
 from common import arguments, run
 

@@ -1,6 +1,6 @@
-"""What kind of failure an exception is: the input's, the memory's, the device's, or our own.
+"""What kind of failure an exception is, and what its client is told.
 
-Told from class names and fixed phrases of the libraries, so that nothing has to be imported. The
+Decided by class names and fixed phrases of the libraries, so that nothing has to be imported. The
 phrases are matched where the libraries write them and not anywhere in a text, because exception texts
 may quote a client.
 
@@ -10,17 +10,27 @@ Not here: what follows from it (`recovery.py`).
 from __future__ import annotations
 
 import re
-from enum import StrEnum
+from typing import NamedTuple
+
+from serving_kit.errors import ModelFailed, RequestTooLarge, ServingError, Unavailable, error_text
+from serving_kit.model import FailureKind
 
 
-class Fault(StrEnum):
-    """What went wrong in the model or around it."""
+class Failure(NamedTuple):
+    """An exception of the model as a value."""
 
-    ERROR = "error"  # the model raised
-    OUTPUTS = "wrong_outputs"  # not one output per input
-    MEMORY = "out_of_memory"
-    DEVICE = "device"  # the accelerator is in a state that only a new process clears
-    CRASH = "crash"  # the kit's own model thread died
+    error: BaseException
+    kind: FailureKind
+
+    @property
+    def rejects_input(self) -> bool:
+        """Whether it says something about the input only: the model works."""
+        return isinstance(self.error, ServingError) and not isinstance(self.error, ModelFailed)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its text is all there is to know: it has no cause for the owner to look at."""
+        return isinstance(self.error, ServingError) and self.error.__cause__ is None
 
 
 class WrongNumberOfOutputs(RuntimeError):
@@ -48,20 +58,39 @@ _LOST = re.compile(
 )
 
 
-def kind(error: BaseException) -> Fault:
+def kind(error: BaseException) -> FailureKind:
     """What `error`, as a model raised it, says about the model's state."""
     for each in _chain(error):
         if isinstance(each, MemoryError) or _is_named(each, "OutOfMemoryError"):
-            return Fault.MEMORY
+            return FailureKind.MEMORY
         if isinstance(each, RuntimeError):
             text = _text(each)
             if _NO_MEMORY.search(text):
-                return Fault.MEMORY
+                return FailureKind.MEMORY
             if _LOST.search(text):
-                return Fault.DEVICE
+                return FailureKind.DEVICE
     if isinstance(error, WrongNumberOfOutputs):
-        return Fault.OUTPUTS
-    return Fault.CRASH if isinstance(error, WorkerDied) else Fault.ERROR
+        return FailureKind.OUTPUTS
+    return FailureKind.CRASH if isinstance(error, WorkerDied) else FailureKind.ERROR
+
+
+def client_error(failure: Failure, *, alone: bool) -> ServingError:
+    """What the clients of a failure are told; its text never quotes the exception.
+
+    Args:
+        failure: What the model raised.
+        alone: Whether it came of one input while others fit into memory.
+    """
+    error, detail = failure.error, error_text(failure.error)
+    if isinstance(error, ServingError):
+        return error
+    if failure.kind is not FailureKind.MEMORY:
+        return ModelFailed("the model failed on this request", detail=detail)
+    if alone:
+        return RequestTooLarge("this input needs more memory than the server has", detail=detail)
+    unavailable = Unavailable("the server has run out of memory")
+    unavailable.detail = detail
+    return unavailable
 
 
 def _text(error: BaseException) -> str:
@@ -78,6 +107,6 @@ def _is_named(error: BaseException, name: str) -> bool:
 def _chain(error: BaseException) -> list[BaseException]:
     """The exception and what it was raised from; not what merely was being handled meanwhile."""
     chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+    while (cause := chain[-1].__cause__) is not None and all(cause is not each for each in chain):
         chain.append(cause)
     return chain

@@ -1,4 +1,4 @@
-"""How much fits into memory: found the hard way, remembered, and tried again slowly.
+"""How much fits into memory: learned from failures, and tried again slowly.
 
 A batch that did not fit sets a limit on padded tokens for all batches with items at least as long: half
 of what broke, rising to the whole of it within a period, after which larger ones may be tried. Each
@@ -6,75 +6,53 @@ time that this ends badly the period doubles, so that a day holds a handful of s
 length cannot have, longer ones cannot have either, because a padded token costs more the longer its
 row; shorter ones may.
 
-`Ceiling` is pure: every method takes `now`. Not here: halving what did not fit (`recovery.py`).
+Pure: every method takes `now`. Not here: halving what did not fit (`bisection.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-import sys
-import traceback
 from dataclasses import dataclass
 
 _PERIOD_S, _LONGEST_PERIOD_S = 300.0, 12 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Broken:
+class _Exceeded:
     """What did not fit, and when."""
 
     padded_tokens: int
     at: float
-    period: float  # seconds until it may be tried again
+    period_s: float  # seconds until it may be tried again
 
     def limit(self, now: float) -> float:
-        past = (now - self.at) / self.period
+        past = (now - self.at) / self.period_s
         return self.padded_tokens / 2 * (1 + past) if past < 1 else math.inf
 
 
-class Ceiling:
-    """Most padded tokens that a forward may have, for each class of lengths (powers of two)."""
+class MemoryLimit:
+    """Most padded tokens that a step may have, for each class of lengths (powers of two)."""
 
     def __init__(self) -> None:
-        self._broken: dict[int, _Broken] = {}
+        self._exceeded: dict[int, _Exceeded] = {}
 
     def limit(self, longest: int, now: float) -> float:
         """Most padded tokens for a batch whose longest item has `longest`; infinite if nothing is known."""
-        if not self._broken:
+        if not self._exceeded:
             return math.inf
         own = longest.bit_length()
-        return min((each.limit(now) for c, each in self._broken.items() if c <= own), default=math.inf)
+        return min((each.limit(now) for c, each in self._exceeded.items() if c <= own), default=math.inf)
 
     def lowest(self, now: float) -> int | None:
         """The limit for the longest inputs, for people; None: there is none."""
-        limit = min((each.limit(now) for each in self._broken.values()), default=math.inf)
+        limit = min((each.limit(now) for each in self._exceeded.values()), default=math.inf)
         return None if limit == math.inf else int(limit)
 
-    def broke(self, longest: int, padded_tokens: int, now: float) -> None:
+    def exceeded(self, longest: int, padded_tokens: int, now: float) -> None:
         """Several items together did not fit, though each of them does."""
         own = longest.bit_length()
-        before = self._broken.get(own)
-        period = _PERIOD_S
-        if before is not None and now < before.at + 2 * before.period:
-            period = min(2 * before.period, _LONGEST_PERIOD_S)
-        self._broken[own] = _Broken(padded_tokens, now, period)
-
-
-def make_room(error: BaseException, *, thorough: bool = False) -> None:
-    """Give back what the failed forward holds: in the frames of its traceback, and in cycles.
-
-    `thorough` looks for old cycles too, such as the models that re-run cells leave behind; in a large
-    process that takes 0.1 s.
-    """
-    each: BaseException | None = error
-    while each is not None:
-        traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__
-    gc.collect() if thorough else gc.collect(1)
-    # Not imported for this: who has not loaded torch holds nothing there.
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    with contextlib.suppress(Exception):  # a device in trouble: the next forward will say so
-        if cuda is not None and cuda.is_initialized():
-            cuda.empty_cache()
+        before = self._exceeded.get(own)
+        period_s = _PERIOD_S
+        if before is not None and now < before.at + 2 * before.period_s:
+            period_s = min(2 * before.period_s, _LONGEST_PERIOD_S)
+        self._exceeded[own] = _Exceeded(padded_tokens, now, period_s)

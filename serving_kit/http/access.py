@@ -1,19 +1,20 @@
-"""Who may ask. A port on a laptop is open to every page that its owner visits.
+"""Who may ask. Every page that its owner visits can send requests to a port of a laptop.
 
-    from this machine        the name it was asked by must be this machine's (DNS rebinding), and a page
-                             must come from this server itself (a drive-by POST needs no CORS)
-    from any other           the token, on every route but /live and /health
+    from this machine        the name in `Host` must be this machine's (DNS rebinding), and a page must
+                             come from this server itself (a cross-site POST needs no CORS)
+    from any other           the token, on every route but those of the level OPEN
 
 Where a request comes from is where its connection arrived: the loopback interface, or another address
 of this machine. So the same rule holds in a notebook and under plain `uvicorn`, which does not tell an
-app what it listens on. The token, as a bearer, overrides all of it; a browser gets in by opening
-`/?token=...` once, which gives it a cookie for looking and asking. Changing settings takes the token.
+app what it listens on. The token, as a bearer, overrides all of it. A browser that opens `/?token=...`
+once gets a cookie, which stands for the token on routes of the level CLIENT.
 
-Pages are told apart as in Go's http.CrossOriginProtection: `Sec-Fetch-Site`, which no page can forge,
+Pages are compared as in Go's http.CrossOriginProtection: `Sec-Fetch-Site`, which no page can forge,
 before `Origin` against `Host`. Proxies may rewrite either, so the name in X-Forwarded-Host counts for
 that comparison: only a page from here, or a program, can send that header.
 
-Pure: everything here is a function of one request's head. Not here: answering (`app.py`).
+Pure: everything here is a function of one request's head, and `Access.authorise` is the only decision.
+Which level a route has stands beside it (`endpoints.py`). Not here: answering (`middleware.py`).
 """
 
 from __future__ import annotations
@@ -26,19 +27,52 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from serving_kit.errors import SettingError
 
 Headers = Mapping[bytes, bytes]  # by name in lower case
-_OPEN = ("/live", "/health")  # for probes, which cannot send a token; they say one word and a reason
-WHERE_THE_TOKEN_IS = "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
+Address = tuple[str, int | None] | None  # the port is None for a Unix socket, all of it where it is unknown
+PRIVATE_HEADERS = {
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+}  # of a response with secrets
+_TOKEN_SOURCES = "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
+_BEARER = {"www-authenticate": "Bearer"}
 _READING = ("GET", "HEAD")
 
 
+class Level(Enum):
+    """Who may ask a route."""
+
+    OPEN = "open"  # every program: probes cannot send a token. Pages of other sites may not
+    CLIENT = "client"  # a client that the rule of the server admits
+    OWNER = "owner"  # a client that sends the token itself; a cookie is not enough
+
+
+class RequestHead(NamedTuple):
+    """What the decision is about.
+
+    Attributes:
+        method: In upper case.
+        path: Without the prefix under which the app is mounted.
+        query: What follows the question mark.
+        server: Where the connection arrived.
+        headers: All of them.
+    """
+
+    method: str
+    path: str
+    query: bytes
+    server: Address
+    headers: Headers
+
+
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a request may not pass."""
+class Denied:
+    """Why a request may not ask, and the response to it."""
 
     status: int
     text: str
@@ -46,19 +80,26 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Login:
+    """A browser has opened `/?token=...`: it gets the cookie, and the page without the token in its URL."""
+
+    cookie: str  # the value of Set-Cookie
+
+
+@dataclass(frozen=True, slots=True)
 class Access:
     """The rule of one server.
 
     Attributes:
-        token: The bearer token; None: nobody has one, so nobody can change settings or ask from outside.
+        token: The bearer token; None: settings cannot be changed, and only this machine may ask.
         private: Every request needs the token, also from this machine: it listens to the network.
-        public: Nobody is checked: something in front of the server decides who may ask.
+        public: Every client may ask: something in front of the server decides who.
         hosts: Names besides this machine's own by which it may be asked; "{port}" in one stands for the
             port at which the connection arrived.
         proxied: A proxy whose name is not known stands in front: any name is taken if the port beside it
             in `Host` is not the one at which the connection arrived. A page whose name was rebound to
             this machine connects to that port itself, and its browser names it.
-        origins: Pages that may ask though they come from elsewhere: "https://example.org".
+        origins: Pages of other sites that may ask: "https://example.org".
     """
 
     token: str | None = None
@@ -68,68 +109,92 @@ class Access:
     proxied: bool = False
     origins: frozenset[str] = frozenset()
 
-    def refusal(
-        self, method: str, path: str, server: tuple[str, int | None] | None, headers: Headers
-    ) -> Refusal | None:
-        """Why this request may not pass, or None if it may.
+    def authorise(self, head: RequestHead, level: Level, purpose: str = "") -> Denied | Login | None:
+        """Decide one request. Any thread.
 
         Args:
-            method: In upper case.
-            path: Without the prefix under which the app is mounted.
-            server: Address and port at which the connection arrived; the port is None for a Unix socket.
-            headers: All of them.
+            head: The request.
+            level: Who may ask its route.
+            purpose: What the route of the level OWNER does, for the text of a denial.
+
+        Returns:
+            None: it may ask.
         """
-        if self.public:
-            return None
-        here = not self.private and _arrived_here(server)
-        named = not here or self._knows(headers.get(b"host"), server)
+        if head.path == "/" and head.method == "GET" and (cookie := self._login_cookie(head)) is not None:
+            return Login(cookie)
+        denied = None if self.public else self._deny_client(head, level)
+        if denied is None and level is Level.OWNER:
+            denied = self._deny_owner(head.headers, purpose)
+        return denied
+
+    def _deny_client(self, head: RequestHead, level: Level) -> Denied | None:
+        headers = head.headers
+        here = not self.private and _arrived_here(head.server)
+        named = not here or self._knows(headers.get(b"host"), head.server)
         if here and named and b"origin" not in headers and b"sec-fetch-site" not in headers:
             return None  # curl, requests and their like, on this machine
-        if self.holds_token(headers):
+        if self._holds_token(headers):
             return None
-        if self._is_foreign(method, headers):
-            return Refusal(403, "a page from another site may not ask this server; see allowed_origins")
-        if (here and named) or path in _OPEN or self._has_cookie(server, headers):
+        if self._is_foreign(head.method, headers):
+            return Denied(403, "a page from another site may not ask this server; see allowed_origins")
+        if (here and named) or level is Level.OPEN or self._has_cookie(head.server, headers):
             return None
+        return self._deny_unknown(here)
+
+    def _deny_unknown(self, here: bool) -> Denied:
+        """For a client with an unknown name for this machine (`here`), or from another machine."""
         if here:
-            return Refusal(
+            return Denied(
                 403,
                 "this server does not know the name that it is asked by; ask 127.0.0.1 or localhost, open "
-                f"/?token=<token> in the browser ({WHERE_THE_TOKEN_IS}), or name it in allowed_hosts",
+                f"/?token=<token> in the browser ({_TOKEN_SOURCES}), or name it in allowed_hosts",
             )
         if self.token is None:
-            return Refusal(
+            return Denied(
                 403,
                 "this server has no token, so only this machine may ask it; give it one with "
                 "SERVING_KIT_TOKEN or create_app(token=...), or say create_app(public=True)",
             )
-        return Refusal(
+        return Denied(
             401,
-            f"this server needs its token ({WHERE_THE_TOKEN_IS}): Authorization: Bearer <token>, or "
+            f"this server needs its token ({_TOKEN_SOURCES}): Authorization: Bearer <token>, or "
             "/?token=<token> in a browser",
-            {"www-authenticate": "Bearer"},
+            _BEARER,
         )
 
-    def holds_token(self, headers: Headers) -> bool:
+    def _deny_owner(self, headers: Headers, purpose: str) -> Denied | None:
+        if self.token is None:
+            return Denied(
+                403,
+                f"this server was started without a token, and {purpose} needs one: set SERVING_KIT_TOKEN, "
+                "or pass create_app(token=...)",
+            )
+        if not self._holds_token(headers):
+            return Denied(
+                401, f"{purpose} needs the token ({_TOKEN_SOURCES}): Authorization: Bearer <token>", _BEARER
+            )
+        return None
+
+    def _holds_token(self, headers: Headers) -> bool:
         """Whether the request carries the token itself (`Authorization: Bearer`)."""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and self._is_token(given.strip())
 
-    def pass_for(self, query: bytes, server: tuple[str, int | None] | None) -> str | None:
+    def _login_cookie(self, head: RequestHead) -> str | None:
         """The cookie for a browser that opened `/?token=...` with the right token, else None."""
-        given = [part[6:] for part in query.split(b"&") if part.startswith(b"token=")]
+        given = [part[6:] for part in head.query.split(b"&") if part.startswith(b"token=")]
         if not given or not self._is_token(unquote_to_bytes(given[-1])):
             return None
         # Without a path, so that it belongs to the prefix that a proxy may put before ours; Lax and not
         # Strict, so that it is there when a link in a notebook is followed. Of the token only a digest:
         # cookies are sent to all ports of a host.
-        return f"{self._cookie_name(server)}={self._cookie()}; HttpOnly; SameSite=Lax"
+        return f"{self._cookie_name(head.server)}={self._cookie()}; HttpOnly; SameSite=Lax"
 
     def _is_token(self, given: bytes) -> bool:
         return self.token is not None and hmac.compare_digest(given, self.token.encode())
 
-    def _knows(self, host: bytes | None, server: tuple[str, int | None] | None) -> bool:
-        """Whether `Host` is a name of this machine or of a proxy in front. No browser leaves it out."""
+    def _knows(self, host: bytes | None, server: Address) -> bool:
+        """Whether `Host` is a name of this machine or of a proxy in front. Every browser sends it."""
         if host is None:
             return True
         name, port = _name(host), server[1] if server else None
@@ -143,14 +208,14 @@ class Access:
         if origin is not None and origin.decode("latin-1") in self.origins:
             return False
         if site is not None:
-            # A cross-site GET without an origin is a link that somebody follows: its page cannot read it.
+            # A cross-site GET without an origin is a link that was followed: its page cannot read the answer.
             return site not in (b"same-origin", b"none") and (origin is not None or method not in _READING)
         if origin is None:
             return False
         hosts = (headers.get(b"host"), headers.get(b"x-forwarded-host"))
         return origin.partition(b"://")[2].lower() not in [each.lower() for each in hosts if each]
 
-    def _has_cookie(self, server: tuple[str, int | None] | None, headers: Headers) -> bool:
+    def _has_cookie(self, server: Address, headers: Headers) -> bool:
         if self.token is None:
             return False
         name, right = self._cookie_name(server).encode(), self._cookie().encode()
@@ -164,7 +229,7 @@ class Access:
         return hmac.new((self.token or "").encode(), b"serving-kit cookie", hashlib.sha256).hexdigest()
 
     @staticmethod
-    def _cookie_name(server: tuple[str, int | None] | None) -> str:
+    def _cookie_name(server: Address) -> str:
         return f"serving_kit_{server[1] if server else None}"
 
 
@@ -206,7 +271,7 @@ def access(
 
 
 def _proxy_names() -> tuple[frozenset[str], bool]:
-    """By which names a browser asks for a port of this machine, where a hosted notebook passes it through.
+    """By which names a browser asks for a port of this machine, where a hosted notebook forwards it.
 
     Returns:
         The names that the environment says, with "{port}" for the port; and whether it says that there is
@@ -270,7 +335,7 @@ def _port(host: bytes) -> int | None:
     return int(digits[:6]) if digits.isdigit() else 80
 
 
-def _arrived_here(server: tuple[str, int | None] | None) -> bool:
+def _arrived_here(server: Address) -> bool:
     if server is None:
         return False
     name, port = server

@@ -1,12 +1,12 @@
 """Linear layers on a CPU go through oneDNN where that is faster.
 
-In single precision PyTorch multiplies matrices with MKL, which takes a slow road on processors that
-Intel did not make: on an AMD EPYC, 384 x 1536 with 128 rows, 1.4 ms against 0.65 ms by oneDNN, which
+In single precision PyTorch multiplies matrices with MKL, which is slow on processors that Intel
+did not make: on an AMD EPYC, 384 x 1536 with 128 rows, 1.4 ms against 0.65 ms by oneDNN, which
 PyTorch carries as well and uses for bfloat16 and for compiled models. The weights stay as they are, no
 copy, and the sums differ by their rounding only (2e-6 of 3 measured).
 
-The operator is the one that `torch.compile` calls, and not a public one. So it is not believed but
-tried, once, when the model is loaded: if it is missing, wrong or not faster, nothing changes.
+The operator is the one that `torch.compile` calls, and not a public one. So it is
+tried once, when the model is loaded: if it is missing, wrong or not faster, nothing changes.
 
 Not here: whose modules these are (`shared_weights.py`).
 """
@@ -16,18 +16,21 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-# Preparing a call of oneDNN takes 10 to 20 us more. It is worth that from so many rows, or so many
-# multiplications, on (measured from 384 x 384 to 384 x 30,522 and from 1 to 128 rows).
+if TYPE_CHECKING:
+    import torch
+
+# Preparing a call of oneDNN takes 10 to 20 us more. It pays from so many rows, or so many multiplications,
+# on (measured from 384 x 384 to 384 x 30,522 and from 1 to 128 rows).
 _FEWEST_ROWS, _FEWEST_PRODUCTS = 16, 8_000_000
 _FEWEST_FEATURES = 64
 _ROWS, _TRIES = 32, 5  # of the trial
-_WORTH_IT = 1.15  # times as fast
+WORTH_IT = 1.15  # times as fast
 _ROUNDING = 1e-5  # of the largest output
 
 
-def use_fast_linear(model: Any) -> int:
+def use_fast_linear(model: torch.nn.Module) -> int:
     """Let a model's linear layers in single precision on a CPU use oneDNN; returns how many do.
 
     Changes the modules of `model`, not their parameters.
@@ -50,7 +53,7 @@ def use_fast_linear(model: Any) -> int:
     shapes = [tuple(each.weight.shape) for each in layers]
     commonest = max(set(shapes), key=lambda shape: (shapes.count(shape), shape))
     try:
-        fast = _fast_linear()
+        fast = fast_linear_class()
         if not _faster(layers[shapes.index(commonest)], fast):
             return 0
     except Exception:  # a PyTorch without the operator, or with another one of that name
@@ -61,16 +64,16 @@ def use_fast_linear(model: Any) -> int:
 
 
 @functools.cache
-def _fast_linear() -> Any:
-    """The class: a function, because torch is imported late."""
+def fast_linear_class() -> type[torch.nn.Linear]:
+    """The class, in a function because torch is imported late."""
     import torch
 
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    class FastLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is late, so unknown to mypy
+    class FastLinear(torch.nn.Linear):  # type: ignore[misc]  # unknown to mypy
         """`torch.nn.Linear` by oneDNN, for a batch of rows and without gradients."""
 
-        def forward(self, input: Any) -> Any:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
             numbers = input.numel()
             small = numbers < _FEWEST_ROWS * self.in_features
             if small and numbers * self.out_features < _FEWEST_PRODUCTS:
@@ -82,7 +85,7 @@ def _fast_linear() -> Any:
     return FastLinear
 
 
-def _faster(layer: Any, fast: Any) -> bool:
+def _faster(layer: torch.nn.Linear, fast: type[torch.nn.Linear]) -> bool:
     """Whether `fast` gives this layer's output, and sooner."""
     import torch
 
@@ -92,10 +95,10 @@ def _faster(layer: Any, fast: Any) -> bool:
         wanted, given = plain(), other()
         if (wanted - given).abs().max() > _ROUNDING * wanted.abs().max():
             return False
-        return _seconds(plain) > _WORTH_IT * _seconds(other)
+        return _seconds(plain) > WORTH_IT * _seconds(other)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     """What one call takes at best."""
     best = float("inf")
     for _ in range(_TRIES):

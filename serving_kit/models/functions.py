@@ -7,7 +7,7 @@
 
 Over HTTP the same holds for `{"inputs": ...}`.
 
-Not here: when it is called (`batching.py`), what follows when it raises (`recovery.py`).
+Not here: when it is called (`batching.py`), what follows an exception (`recovery.py`).
 """
 
 from __future__ import annotations
@@ -17,45 +17,49 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
+from typing import Any, TypeGuard
 
 from serving_kit.errors import MalformedRequest
-from serving_kit.execution import Prepared
+from serving_kit.failures import classify
 from serving_kit.failures.classify import WrongNumberOfOutputs
+from serving_kit.model import Done, FailureKind, Input, Limits, Part, Prepared, Timing, Work
+from serving_kit.models import memory
 
 _JSON_ATOMS = (str, int, float, bool, type(None))
 _ATOMS = frozenset({*_JSON_ATOMS, complex, bytes})
 
 
 class CallableModel:
-    """Any `list -> list` function: one output for each input, in order.
+    """Any `list -> list` function: one output for each input, in order. Implements `model.ServedModel`.
 
     Clients may set its keyword-only parameters, and with `**kwargs` also names that it does not declare.
     Never a parameter that can be passed by position (`def f(texts, model=model)` is a notebook's way to
-    hold on to something), nor what a `functools.partial` holds. Inputs share a call only if their
-    parameters are equal. Every input counts as one token.
+    hold an object), nor what a `functools.partial` holds. Inputs share a call only if their parameters are
+    equal. Every input counts as one token.
 
     Inputs are copied before a call, as deep as lists, tuples, dicts, arrays and tensors go, and outputs
     after it: a function may change its inputs, and is called again with parts of a list on which it has
     raised; and it may return views of a buffer that it uses again.
+
+    There is no example: a function is not called with inputs that no client has sent.
     """
 
     task_name = "function"
     device = "python"
     media = False
-    max_batch_size: int | None = None
+    limits = Limits()
     notes: Sequence[str] = ()
-    timings: Sequence[tuple[int, float]] = ()
-    example = None  # a function is not called with inputs that no client has sent
+    timings: Sequence[Timing] = ()
+    example: Input | None = None
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self.function = function
         self.name = str(getattr(function, "__name__", type(function).__name__))
         self._settable, self._reserved = _parameters(function)
 
-    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
-        """Raise `MalformedRequest` for a parameter that clients may not set."""
+    def check(self, values: Sequence[object], parameters: Mapping[str, object]) -> None:
+        """Raise `MalformedRequest` for a parameter that clients may not set. Loop thread."""
         for name in parameters:
             if name in self._settable or (self._reserved is not None and name not in self._reserved):
                 continue
@@ -68,28 +72,24 @@ class CallableModel:
         """Empty: a function is called as it is now."""
         return ""
 
-    def warm_up(self) -> list[tuple[int, float]]:
-        """Nothing; see `example`."""
-        return []
+    def estimate(self, value: object) -> Work:
+        """One token: nothing is known about what an input costs. Loop thread."""
+        return Work()
 
-    def estimate(self, value: Any) -> int:
-        """One token each: nothing is known about what an input costs."""
-        return 1
+    def prepare(self, value: object, parameters: Mapping[str, object]) -> Prepared[Input]:
+        """Keep the value as it is. Model thread."""
+        return Prepared(Input(value, parameters), Work(), _key(parameters))
 
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared:
-        """Keep the value as it is."""
-        return Prepared((value, parameters), 1, _group(parameters))
-
-    def forward(self, batch: Sequence[Prepared]) -> Sequence[Any]:
-        """Call the function with the list of values.
+    def step(self, parts: Sequence[Part]) -> list[Done]:
+        """Call the function with the list of values: all parts are done. Model thread.
 
         Raises:
-            TypeError: it returned something else than a list, tuple or array.
+            TypeError: it returned something other than a list, tuple or array.
             WrongNumberOfOutputs: not one output for each input.
         """
-        inputs = [_copied(each.payload[0]) for each in batch]
-        _, parameters = batch[0].payload
-        outputs = self.function(inputs, **_copied(dict(parameters)))
+        inputs = [_copied(part.prepared.payload.value) for part in parts]
+        parameters = parts[0].prepared.payload.parameters
+        outputs = self.function(inputs, **{name: _copied(each) for name, each in parameters.items()})
         if not _is_list_like(outputs):
             if inspect.iscoroutine(outputs):
                 outputs.close()
@@ -97,21 +97,32 @@ class CallableModel:
                 f"{self.name} must return a list with one output for each input, in their order; "
                 f"it returned {type(outputs).__name__}"
             )
-        if len(outputs) != len(batch):
+        if len(outputs) != len(parts):
             raise WrongNumberOfOutputs(
-                f"{self.name} was called with a list of {_count(len(batch), 'input')} and returned "
+                f"{self.name} was called with a list of {_count(len(parts), 'input')} and returned "
                 f"{_count(len(outputs), 'output')}; it must return one output for each input, in their "
                 "order. A list that is sent to the server is several inputs: one input that is itself a "
                 "list, such as one row of numbers, is sent as [[1, 2, 3]] or as an array"
             )
-        return list(outputs)
+        return [Done(output) for output in outputs]
 
-    def finish(self, output: Any, prepared: Prepared) -> Any:
-        """A copy of the output that shares no memory with what the function may use again."""
+    def finish(self, prepared: Prepared[Input], output: object) -> object:
+        """A copy of the output that shares no memory with what the function may use again. Model thread."""
         return _copied(output)
 
+    def release(self, prepared: Prepared[Input]) -> None:
+        """Nothing is held between steps."""
 
-def _is_list_like(outputs: Any) -> bool:
+    def classify(self, error: BaseException) -> FailureKind:
+        """See `classify.kind`. Any thread."""
+        return classify.kind(error)
+
+    def free_memory(self, error: BaseException, *, thorough: bool) -> None:
+        """See `memory.free_memory`. Model thread."""
+        memory.free_memory(error, thorough=thorough)
+
+
+def _is_list_like(outputs: object) -> TypeGuard[Collection[object]]:
     """Whether iterating gives one output after the other, in a fixed order."""
     # A set has no order, and iterating a DataFrame gives the names of its columns.
     if isinstance(outputs, (str, bytes, Mapping, Set)) or hasattr(outputs, "columns"):
@@ -123,7 +134,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any) -> Any:  # of the same type
     kind = type(value)
     if kind in _ATOMS:
         return value
@@ -133,7 +144,7 @@ def _copied(value: Any) -> Any:
         return {name: _copied(each) for name, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(map(_copied, value))
-    if isinstance(value, (list, tuple)):  # to JSON a subclass is a list as well
+    if isinstance(value, (list, tuple)):  # a subclass is a list in JSON
         return list(map(_copied, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         record: Any = copy.copy(value)
@@ -145,7 +156,7 @@ def _copied(value: Any) -> Any:
         for name, each in value.items():
             own[name] = _copied(each)
         return own
-    if hasattr(value, "tolist"):  # what becomes JSON by its `tolist`: numpy, torch and their like
+    if hasattr(value, "tolist"):  # numpy, torch and others that become JSON by their `tolist`
         for name in ("clone", "copy", "__copy__"):
             if (duplicate := getattr(value, name, None)) is not None:
                 return duplicate()
@@ -155,7 +166,7 @@ def _copied(value: Any) -> Any:
 # -- parameters -----------------------------------------------------------------------------------------
 
 
-def _parameters(function: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str] | None]:
+def _parameters(function: Callable[..., object]) -> tuple[frozenset[str], frozenset[str] | None]:
     """The names that clients may set, and with `**kwargs` those that they may not; else None."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -171,7 +182,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[frozenset[str], frozenset
     }
 
 
-def _held(function: Any) -> frozenset[str]:
+def _held(function: object) -> frozenset[str]:
     """Keywords of a `functools.partial`, also below decorators."""
     held: set[str] = set()
     while function is not None:
@@ -184,7 +195,7 @@ def _held(function: Any) -> frozenset[str]:
 
 
 class _Identity:
-    """Equal for one and the same object only."""
+    """Equal to itself only."""
 
     __slots__ = ("_value",)
 
@@ -198,8 +209,8 @@ class _Identity:
         return id(self._value)
 
 
-def _group(parameters: Mapping[str, Any]) -> Hashable:
-    """What may share a call: equal parameters, as far as JSON can tell; else the inputs of one request."""
+def _key(parameters: Mapping[str, object]) -> Hashable:
+    """Equal for inputs that may share a call: those with equal JSON parameters, else those of one request."""
     if not parameters:
         return ""
     try:
@@ -211,7 +222,7 @@ def _group(parameters: Mapping[str, Any]) -> Hashable:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON tells it from every other value. It does not for tuples, subclasses, other keys."""
+    """Whether its JSON differs from that of every other value: no tuples, no subclasses, string keys only."""
     kind = type(value)
     if kind is dict:
         return all(type(name) is str and _is_json(each) for name, each in value.items())

@@ -1,8 +1,9 @@
-"""From what `serve()` was given to a model that can answer, or an error that says what to do.
+"""Loading: makes a warmed-up model of what was given to `serve()`, or raises an error that says what to do.
 
 torch and transformers are imported when a pipeline is loaded, never before.
 
-Not here: what a model does with an input (`pipeline.py`).
+Not here: what a model does with an input (`pipeline.py`, `functions.py`), warming up (`warm_up.py`), the
+remedies (`advice.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from serving_kit.errors import StartError
+from serving_kit.models.advice import advice
 from serving_kit.models.functions import CallableModel
-from serving_kit.models.pipeline import PipelineModel, short_name
+from serving_kit.models.pipeline import PipelineModel, build_pipeline_model, short_name
+from serving_kit.models.pipes import Pipe
 from serving_kit.models.tasks import refuse_unserved
+from serving_kit.models.warm_up import warm_up
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 DEMO_NAME = "serving-kit-demo"
@@ -40,20 +44,18 @@ _TASKS = {
 }
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-ServedModel = PipelineModel | CallableModel
-
 
 def load_model(
-    model: Any = None,
+    model: object = None,
     *,
     task: str | None = None,
-    device: Any = None,
-    pipeline_kwargs: Mapping[str, Any] | None = None,
+    device: object = None,
+    pipeline_kwargs: Mapping[str, object] | None = None,
     shortcuts: bool = True,
     threads: int | None = None,
     most_threads: int | None = None,
-) -> ServedModel:
-    """Load what `serve(model)` was given, and warm it up.
+) -> PipelineModel | CallableModel:
+    """Load what was given to `serve(model)`, and warm it up.
 
     Thread: the caller's, so that progress bars and interrupts go where they belong.
 
@@ -63,7 +65,7 @@ def load_model(
         task: A task of `transformers.pipeline`; None lets it find out.
         device: As for `transformers.pipeline`; None takes the first accelerator, else the CPU.
         pipeline_kwargs: More arguments for `transformers.pipeline`.
-        shortcuts: Take shorter roads to the same answers (`mask_head.py`, `fast_linear.py`).
+        shortcuts: Leave out work that no answer shows (`mask_head.py`, `fast_linear.py`).
         threads: torch's threads for one operation, in the whole process; None leaves them as they are.
         most_threads: Fewer of them, if they are more than this and neither `threads` nor the environment
             (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`) says how many there should be.
@@ -71,44 +73,60 @@ def load_model(
     Raises:
         StartError: with what to do about it.
     """
-    served: ServedModel
     if model is None or isinstance(model, (str, os.PathLike)):
         _import_transformers()
     _set_threads(threads, most_threads)
+    kwargs = dict(pipeline_kwargs or {})
     if model is None:
         with _without_progress_bar():  # it takes a tenth of a second
-            pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, dict(pipeline_kwargs or {}))
-        served = PipelineModel(pipe, DEMO_NAME, shortcuts)
-    elif isinstance(model, (str, os.PathLike)):
-        pipe = _load_pipeline(os.fspath(model), task, device, dict(pipeline_kwargs or {}))
-        served = PipelineModel(pipe, short_name(os.fspath(model)), shortcuts)
-    elif task or device is not None or pipeline_kwargs:
+            pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, kwargs)
+        return _ready(build_pipeline_model(pipe, DEMO_NAME, shortcuts=shortcuts))
+    if isinstance(model, (str, os.PathLike)):
+        source = os.fspath(model)
+        pipe = _load_pipeline(source, task, device, kwargs)
+        return _ready(build_pipeline_model(pipe, short_name(source), shortcuts=shortcuts))
+    if task or device is not None or kwargs:
         raise StartError(
             "task, device and pipeline_kwargs are for loading a model by its id or folder; give them to "
             "transformers.pipeline(...) where you make the pipeline"
         )
-    elif all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
-        served = PipelineModel(model, shortcuts=shortcuts)
-    elif callable(model):
-        if _is_async(model):
-            raise StartError(f"{_name(model)} must be a plain function from a list to a list, not async")
-        if hasattr(model, "named_parameters") and hasattr(model, "state_dict"):
-            raise StartError(
-                f"{_name(model)} is a model without its tokenizer; pass transformers.pipeline(task, "
-                "model=model, tokenizer=tokenizer)"
-            )
-        _refuse_what_takes_no_list(model)
-        served = CallableModel(model)
-    else:
+    if all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
+        return _ready(build_pipeline_model(cast("Pipe", model), shortcuts=shortcuts))
+    return _function_model(model)
+
+
+def _ready(model: PipelineModel) -> PipelineModel:
+    """The model, warmed up.
+
+    Raises:
+        StartError: it raises for its own example.
+    """
+    try:
+        return warm_up(model)
+    except Exception as error:
+        raise StartError(f"{model.name} is loaded, but cannot answer: {advice(error)}") from error
+
+
+def _function_model(function: object) -> CallableModel:
+    """A function as a model.
+
+    Raises:
+        StartError: it is no function from a list to a list.
+    """
+    if not callable(function):
         raise StartError(
-            f"cannot serve {type(model).__name__}: pass a Hub id, a folder, a transformers Pipeline, "
+            f"cannot serve {type(function).__name__}: pass a Hub id, a folder, a transformers Pipeline, "
             "or a function from a list to a list"
         )
-    try:
-        served.timings = served.warm_up()
-    except Exception as error:
-        raise StartError(f"{served.name} is loaded, but cannot answer: {_explain(error)}") from error
-    return served
+    if _is_async(function):
+        raise StartError(f"{_name(function)} must be a plain function from a list to a list, not async")
+    if hasattr(function, "named_parameters") and hasattr(function, "state_dict"):
+        raise StartError(
+            f"{_name(function)} is a model without its tokenizer; pass transformers.pipeline(task, "
+            "model=model, tokenizer=tokenizer)"
+        )
+    _check_takes_list(function)
+    return CallableModel(function)
 
 
 def _import_transformers() -> None:
@@ -133,7 +151,7 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def _set_threads(threads: int | None, most: int | None) -> None:
-    """Tell torch, if anything has imported it. Other threads take the number over when they first use it."""
+    """Set torch's threads, if torch has been imported. Other threads take the number over at first use."""
     torch = sys.modules.get("torch")
     if torch is None:
         return
@@ -143,7 +161,7 @@ def _set_threads(threads: int | None, most: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str, Any]) -> Any:
+def _load_pipeline(source: str, task: str | None, device: object, kwargs: dict[str, object]) -> Pipe:
     from transformers import pipeline
     from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -151,17 +169,16 @@ def _load_pipeline(source: str, task: str | None, device: Any, kwargs: dict[str,
         kwargs["device"] = device
     try:
         if task is not None:
-            refuse_unserved(
-                PIPELINE_REGISTRY.check_task(task)[0]
-            )  # before the weights, which may take minutes
+            # Before the weights are loaded, which may take minutes.
+            refuse_unserved(PIPELINE_REGISTRY.check_task(task)[0])
         place = _where(source, kwargs)
         if task is None and os.path.isdir(place):
             _refuse_without_task(place)
-        return pipeline(task=task, model=place, **kwargs)
+        return cast("Pipe", pipeline(task=task, model=place, **kwargs))
     except StartError as error:
         raise StartError(f"cannot load {source!r}: {error}") from None
     except Exception as error:
-        raise StartError(f"cannot load {source!r}: {_explain(error)}") from error
+        raise StartError(f"cannot load {source!r}: {advice(error)}") from error
 
 
 def _where(source: str, kwargs: Mapping[str, Any]) -> str:
@@ -177,7 +194,7 @@ def _where(source: str, kwargs: Mapping[str, Any]) -> str:
     if not constants.is_offline_mode():
         try:
             get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
-        except Exception:  # its kinds belong to whatever library the session is of
+        except Exception:  # the classes are those of the HTTP library of the session
             pass
         else:
             return source
@@ -209,55 +226,16 @@ def _refuse_without_task(folder: str) -> None:
     )
 
 
-def _explain(error: BaseException) -> str:
-    """What went wrong in a line, and what to do. The traceback stays attached as the cause."""
-    chain = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    names = {type(each).__name__ for each in chain}
-    story = " ".join(map(str, chain))
-    first = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "out of memory" in story.lower():
-        return (
-            "out of memory. Free some (stop other servers, restart other kernels), take a smaller model, "
-            "load in half precision (pipeline_kwargs={'dtype': 'float16'}), or if this replaces a running "
-            "server, stop that first: serve(..., stop_first=True)"
-        )
-    if "not compiled with CUDA" in story:
-        return "this build of torch has no CUDA; leave the device out, say 'cpu', or install another build"
-    if "GatedRepoError" in names:
-        return "its owner has to grant you access on the Hub first; then log in with `hf auth login`"
-    if names & {"RepositoryNotFoundError", "HFValidationError"} or "valid model identifier" in story:
-        return (
-            "there is no folder and no public model of that name. Check the spelling; a private model "
-            "needs `hf auth login`"
-        )
-    if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError"} or (
-        "couldn't connect" in story.lower()
-    ):
-        return (
-            "it is not on this machine and the Hub cannot be reached. Check the network, or pass a folder; "
-            "serving_kit.serve() without arguments works offline"
-        )
-    if "Unknown task" in story:
-        return f"{error.args[0] if error.args else first}"
-    if "Inferring the task" in story or "infer the task" in story.lower():
-        return f"{first} Say which task it is: serve({'...'}, task='fill-mask')"
-    return f"{type(error).__name__}: {first}"
-
-
-def _is_async(model: Any) -> bool:
+def _is_async(function: Callable[..., object]) -> bool:
     """Whether calling it gives a coroutine or a generator: also for an object with such a `__call__`."""
     return any(
         test(each)
         for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-        for each in (model, type(model).__call__)
+        for each in (function, type(function).__call__)
     )
 
 
-def _refuse_what_takes_no_list(function: Any) -> None:
+def _check_takes_list(function: Callable[..., object]) -> None:
     """Raise `StartError` if a function cannot be called with one list and nothing else."""
     try:
         signature = inspect.signature(function)
@@ -272,5 +250,5 @@ def _refuse_what_takes_no_list(function: Any) -> None:
         ) from None
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return str(getattr(value, "__name__", type(value).__name__))

@@ -1,39 +1,44 @@
-"""fill-mask pays only for its masks.
+"""fill-mask computes scores at the masks only.
 
 A masked language model computes a score for every word of its vocabulary at every position, and the
-pipeline then reads those at the masks. On a CPU that projection is most of the work. Here a hook on
-the model's encoder keeps the hidden states at the masks, so that the head never sees the others:
+pipeline then reads those at the masks. On a CPU that projection is most of the work. Here a hook on the
+model's encoder keeps the hidden states at the masks, so that the head computes nothing else:
 
     encoder (items, tokens, hidden) ── gather ──▶ (1, masks, hidden) ── head ──▶ (1, masks, vocabulary)
 
-A head works position by position, so the numbers are the pipeline's own: at most 5.4e-7 apart for
-BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, ModernBERT and DeBERTa-v2. Whether that holds for the model
-at hand is not believed but tried, once, when it is loaded.
+A head works position by position, so the numbers are the pipeline's own: at most 5.4e-7 apart for BERT,
+RoBERTa, DistilBERT, ELECTRA, ALBERT, ModernBERT and DeBERTa-v2. Whether that holds for the model at hand is
+tried once, when it is loaded.
 
-Not here: batching the inputs and reading the answers (`pipeline.py`, and the pipeline itself).
+Not here: preparing inputs (`preparing.py`), reading answers out of the scores (the pipeline itself).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-_ROUNDING = 1e-3  # of the largest score; in single precision it is a thousandth of that
+from serving_kit.models.pipes import Chunk, Collate, Output, Pipe, tokenizer_of
+
+if TYPE_CHECKING:
+    import torch
+
+_ROUNDING = 1e-3  # of the largest score; in single precision the difference is a thousandth of that
 
 
 class MaskHead:
-    """Runs a fill-mask pipeline's forward with the head at the masks only. Model thread only."""
+    """Runs a fill-mask pipeline's `forward` with the head at the masks only. Model thread only."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
 
-    def forward(self, batch: Any) -> list[dict[str, Any]]:
+    def run(self, batch: Chunk) -> list[Mapping[str, object]]:
         """One output for each item of a collated batch, as `pipe.postprocess` wants it."""
         ids = batch["input_ids"]
-        masks = ids == self._pipe.tokenizer.mask_token_id
+        masks = ids == tokenizer_of(self._pipe).mask_token_id
         here = masks.to(self._pipe.device)
 
-        def gather(module: Any, inputs: Any, output: Any) -> Any:
+        def gather(module: torch.nn.Module, inputs: object, output: Output) -> Output:
             at_masks = output[0][here].unsqueeze(0)
             if isinstance(output, tuple):
                 return (at_masks, *output[1:])
@@ -46,36 +51,47 @@ class MaskHead:
         finally:
             hook.remove()
         rows = logits[0].split(masks.sum(dim=1).tolist())
-        return [{"input_ids": ids[i : i + 1], "logits": _OnlyMasks(row)} for i, row in enumerate(rows)]
+        return [{"input_ids": ids[i : i + 1], "logits": _MaskLogits(row)} for i, row in enumerate(rows)]
 
 
-class _OnlyMasks:
-    """Stands in for logits of shape (1, tokens, vocabulary) of which only the masks' rows are read."""
+class _MaskLogits:
+    """Takes the place of logits of shape (1, tokens, vocabulary) of which only the masks' rows are read."""
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: object) -> torch.Tensor:
         return self._rows
 
 
-def mask_head(pipe: Any, collate: Callable[[list[Any]], Any]) -> MaskHead | None:
+def mask_head(pipe: Pipe, collate: Collate) -> MaskHead | None:
     """A `MaskHead` for this pipeline, or None if its answers would not be the pipeline's own.
 
     Tries it on two texts of different lengths, one of them with two masks.
     """
-    mask = pipe.tokenizer.mask_token
+    mask = tokenizer_of(pipe).mask_token
     texts = [f"a {mask}.", f"the {mask} of a rather longer text is {mask}, or so they say."]
     try:
         if pipe.model.base_model is pipe.model:
             return None
-        head, batch = MaskHead(pipe), collate([pipe.preprocess(text) for text in texts])
-        full = pipe.forward(batch)["logits"]
-        for item, output in enumerate(head.forward(batch)):
-            masks = (output["input_ids"][0] == pipe.tokenizer.mask_token_id).nonzero().squeeze(-1)
-            wanted, given = full[item, masks].float(), output["logits"][0].float()
-            if wanted.shape != given.shape or (wanted - given).abs().max() > _ROUNDING * wanted.abs().max():
-                return None
-    except Exception:  # a model that is built otherwise: it runs in full, which is always right
+        head, batch = MaskHead(pipe), collate([_only_chunk(pipe, text) for text in texts])
+        return head if _same_scores(pipe, pipe.forward(batch)["logits"], head.run(batch)) else None
+    except Exception:  # a model of another structure: it runs in full, which is always right
         return None
-    return head
+
+
+def _only_chunk(pipe: Pipe, text: str) -> Chunk:
+    chunk = pipe.preprocess(text)
+    assert isinstance(chunk, Mapping)
+    return chunk
+
+
+def _same_scores(pipe: Pipe, full: torch.Tensor, outputs: Sequence[Output]) -> bool:
+    """Whether the outputs have the rows at the masks of `full`, shape (items, tokens, vocabulary)."""
+    mask_token_id = tokenizer_of(pipe).mask_token_id
+    for item, output in enumerate(outputs):
+        masks = (output["input_ids"][0] == mask_token_id).nonzero().squeeze(-1)
+        wanted, given = full[item, masks].float(), output["logits"][0].float()
+        if wanted.shape != given.shape or (wanted - given).abs().max() > _ROUNDING * wanted.abs().max():
+            return False
+    return True

@@ -4,7 +4,7 @@
     base64 in JSON, or a data: URL              what `huggingface_hub.InferenceClient` sends
 
 A pipeline that is given a string opens it as a file or fetches it as a URL. So no string reaches one:
-here a string is base64 or it is refused. Decoders see a few plain formats only, and sizes are bounded
+here a string is base64 or it is rejected. Decoders get a few plain formats only, and sizes are bounded
 before anything is unpacked.
 
 Everything here runs on the model thread. Not here: which tasks take what (`tasks.py`).
@@ -16,7 +16,6 @@ import base64
 import binascii
 import io
 import wave
-from typing import Any
 
 from serving_kit.errors import InputRejected
 
@@ -27,11 +26,11 @@ _SAMPLES = {1: "u1", 2: "<i2", 4: "<i4"}  # by bytes: how WAV has them
 _NO_STRINGS = "as its bytes, or in JSON as base64 or a data: URL; a path or an address is never opened"
 
 
-def image(value: Any) -> Any:
+def image(value: object) -> object:
     """A Pillow image, unpacked. A cell may also pass one, or a numpy array.
 
     Raises:
-        InputRejected: it is none, is broken or has too many pixels.
+        InputRejected: it is no image, is broken or has too many pixels.
     """
     if hasattr(value, "convert") or hasattr(value, "shape"):
         return value
@@ -44,13 +43,13 @@ def image(value: Any) -> Any:
         if pixels <= _MOST_PIXELS:
             picture.load()
             return picture
-    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+    except Exception as error:  # Pillow's decoders raise a dozen kinds of exceptions
         if "DecompressionBomb" not in type(error).__name__:
             raise InputRejected(f"this is not an image that can be read ({', '.join(_FORMATS)})") from None
     raise InputRejected(f"the image is too large; the most is {_MOST_PIXELS:,} pixels")
 
 
-def sound(value: Any) -> Any:
+def sound(value: object) -> object:
     """One channel of a WAV file: `{"raw": float32 of shape (samples,), "sampling_rate": Hz}`.
 
     A cell may also pass a numpy array, or such a dict.
@@ -71,7 +70,7 @@ def sound(value: Any) -> Any:
             frames = file.readframes(_MOST_SECONDS * rate + 1)
         samples = np.frombuffer(frames, _SAMPLES[width]).astype(np.float32)
         samples = samples.reshape(-1, channels).mean(axis=1)
-    except Exception:  # a header that lies makes `wave` raise half a dozen kinds
+    except Exception:  # for a wrong header `wave` raises half a dozen kinds
         raise InputRejected("this is not sound that can be read (WAV with 8, 16 or 32 bits)") from None
     if not 0 < len(samples) <= _MOST_SECONDS * rate:
         raise InputRejected(f"the sound must have samples, and {_MOST_SECONDS} seconds at most")
@@ -79,7 +78,7 @@ def sound(value: Any) -> Any:
     return {"raw": samples / scale - (width == 1), "sampling_rate": rate}
 
 
-def _data(value: Any, what: str) -> bytes:
+def _data(value: object, what: str) -> bytes:
     """The bytes of a body, or those that a string encodes."""
     if isinstance(value, bytes):
         return value

@@ -2,14 +2,14 @@
 
     pipe ── tokenizer            pipe ── model ── modules ──┐
                                                             ├── the same parameters and buffers
-    own ─── its own tokenizer    own ─── model ── modules ──┘    once in memory, where a twin is made
+    own ─── its own tokenizer    own ─── model ── modules ──┘    once in memory
 
-A fast tokenizer keeps truncation and padding as state that every call sets anew. Two threads that call
-one tokenizer get each other's, and wrong answers without an error. So the server always has its own.
+A fast tokenizer keeps truncation and padding as state that every call sets anew. Two threads that call one
+tokenizer get each other's, and wrong answers without an error. So the server always has its own.
 
-The shortcuts (`mask_head.py`, `fast_linear.py`) hook and replace modules, which the notebook must not
-see. So they are taken on a twin: other modules around the same parameters. Weights that change in place
-reach both. A change to the structure does not reach a twin, so `structure` tells whether there was one.
+The shortcuts (`mask_head.py`, `fast_linear.py`) hook and replace modules. The notebook's must not change, so
+they are applied to other modules with shared weights. Weights that change in place reach both. A change to
+the structure does not reach the server's modules, so `structure` tells whether there was one.
 
 Not here: the shortcuts.
 """
@@ -18,16 +18,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING
 
 from serving_kit.errors import StartError
+from serving_kit.models.pipes import Pipe
+
+if TYPE_CHECKING:
+    import torch
 
 _STATEFUL = ("tokenizer", "processor")
 _PARTS = (*_STATEFUL, "feature_extractor", "image_processor", "video_processor")
 _CALL_PARAMETERS = ("_preprocess_params", "_forward_params", "_postprocess_params", "_generate_kwargs")
 
 
-def own_pipeline(pipe: Any) -> Any:
+def own_pipeline(pipe: Pipe) -> Pipe:
     """A pipeline around the same model with a tokenizer and processors of its own.
 
     Raises:
@@ -53,12 +57,12 @@ def own_pipeline(pipe: Any) -> Any:
     return own
 
 
-def twin(model: Any) -> Any:
+def with_shared_weights(model: torch.nn.Module) -> torch.nn.Module | None:
     """A model with modules of its own, sharing parameters and buffers with `model`; None if that cannot be.
 
-    There is none for what is no torch module, for a model whose forward was replaced by something that
-    remembers the modules (quantised, split over devices), and for one with hooks, adapters or a compiled
-    forward: those would be lost, or copied as they are now, and switching them later would have no effect.
+    It cannot for what is no torch module, for a model whose forward was replaced by something that refers to
+    its modules (quantised, split over devices), and for one with hooks, adapters or a compiled forward: those
+    would be lost, or copied as they are now, and switching them later would have no effect.
     """
     import torch
 
@@ -69,11 +73,11 @@ def twin(model: Any) -> Any:
     shared = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
     try:
         return copy.deepcopy(model, shared)
-    except Exception:  # something that cannot be copied: then there are no shortcuts, which is always right
+    except Exception:  # a part that cannot be copied: without shortcuts the answers are right too
         return None
 
 
-def structure(model: Any) -> int:
+def structure(model: torch.nn.Module) -> int:
     """A number that changes when modules, hooks, parameters or buffers of a model are replaced or added.
 
     Values of parameters do not count. Any thread; a few microseconds for each module and parameter.
@@ -85,7 +89,8 @@ def structure(model: Any) -> int:
     return hash((tuple(modules), *map(id, model.parameters()), *map(id, model.buffers())))
 
 
-def _is_special(module: Any) -> bool:
+def _is_special(module: torch.nn.Module) -> bool:
+    """Whether its forward is not the one of its class alone: hooks, compiled, replaced, adapters."""
     own = vars(module)
     if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
         return True

@@ -9,7 +9,8 @@ Most pipelines of `transformers` open a string as a file, or fetch it as a URL. 
 here are served: those of text hand it to their tokenizer and nothing else, and those of images and sound
 get what `media.py` has decoded.
 
-Not here: running the task (`pipeline.py`), the shape of the answer for each client (`formats.py`).
+Not here: what single tasks do differently (`task_steps.py`), the shape of the answer for each client
+(`formats.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from serving_kit.errors import MalformedRequest, StartError
 from serving_kit.models import media
+from serving_kit.models.pipes import Pipe
 from serving_kit.values import (
     Flag,
     Members,
@@ -191,7 +193,7 @@ def parameters_schema(task: str) -> Schema | None:
     return None if known is None else object_schema(known.parameters, known.required)
 
 
-def contract(pipe: Any) -> Task:
+def contract(pipe: Pipe) -> Task:
     """The contract of a pipeline.
 
     Raises:
@@ -201,7 +203,7 @@ def contract(pipe: Any) -> Task:
     why = ""
     if task is None:
         why = _OPENS
-    elif not any(_is_theirs(each, task.pipeline) for each in type(pipe).__mro__):
+    elif not any(_is_derived(each, task.pipeline) for each in type(pipe).__mro__):
         why = f"{name} is no {task.pipeline}, so it may open the paths and addresses that clients send"
     elif task_name(pipe.task) == "text-to-audio" and not _takes_text_first(getattr(pipe, "processor", None)):
         why = "its processor takes a string for an image or for sound, and opens or fetches it"
@@ -223,11 +225,11 @@ def _not_served(task: str, why: str) -> StartError:
     )
 
 
-def _is_theirs(kind: type, name: str) -> bool:
+def _is_derived(kind: type, name: str) -> bool:
     return kind.__name__ == name and kind.__module__.startswith("transformers.pipelines.")
 
 
-def _takes_text_first(processor: Any) -> bool:
+def _takes_text_first(processor: object) -> bool:
     """Whether `processor(text)` is given a text. The library's own default takes images first."""
     if processor is None:
         return True

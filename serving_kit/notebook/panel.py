@@ -33,12 +33,12 @@ from typing import Any, Protocol
 import orjson
 
 from serving_kit.errors import SettingError, Unavailable
+from serving_kit.incidents import make_incident
 from serving_kit.log import ServerLog
 from serving_kit.notebook import process_settings
 from serving_kit.notebook.addresses import browser_address
 from serving_kit.notebook.static_html import card
 from serving_kit.records import BatchReason, Incident
-from serving_kit.service import make_incident
 from serving_kit.settings import KNOBS, Settings, settings_schema
 
 THREAD_NAME = process_settings.THREAD_PREFIX + "panel"
@@ -305,8 +305,6 @@ class Panel:
             del self._rows[second], self._seconds[second]
         if not server.running and snapshot["state"] in ("ready", "draining"):
             snapshot["state"] = "stopped"
-        if snapshot["reason"].startswith("replaced"):
-            snapshot["state"] = "replaced"
         errors = server.errors()
         snapshot["errors"] = errors[0].id if errors else ""
         before, self._snapshot = self._snapshot, snapshot

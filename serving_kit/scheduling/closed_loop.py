@@ -1,14 +1,14 @@
 """Whether clients send again as soon as they are answered, and how soon.
 
-A closed loop of clients falls into step with the model: half of them wait while the other half is
-being answered, for ever, and every batch is half as large as it could be. Waiting a moment after a
-batch lets the answered ones rejoin. That pays if enough of them come back, sooner than a call costs:
+Closed-loop clients fall into step with the model: half of them wait while the other half is being
+answered, and every batch is half as large as it could be. Waiting a moment after a batch lets the
+answered ones rejoin. That pays if enough of them come back, sooner than a call costs:
 
     share * call_s > gap        share: of the answered, how many come back within the gap
                                 gap: 19 of 20 that come back do so within it, seconds
 
 What chance would have brought into the gap at the present rate does not count as coming back, so with
-independent arrivals the share is about nothing and nobody ever waits.
+independent arrivals the share is about zero and the model never waits.
 
 Pure, like the scheduler that asks it: every method takes `now`.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-_HORIZON_S = 0.02  # who comes later does not come because of the answer
+_HORIZON_S = 0.02  # later arrivals do not follow from the answer
 _GAP_AT_FIRST_S = 0.002
 _GAP_RANGE_S = (1e-4, _HORIZON_S)
 _GAP_QUANTILE, _GAP_RATE = 0.95, 0.05
@@ -26,7 +26,7 @@ _ENOUGH = 0.3
 _RATE_MEMORY_S = 1.0
 
 
-class Returning:
+class ClosedLoop:
     """Learns from when batches end and when items arrive."""
 
     def __init__(self) -> None:

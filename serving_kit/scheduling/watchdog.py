@@ -1,4 +1,4 @@
-"""When to stop trusting the learned cost: it is compared with what happens.
+"""When the learned cost is released: it is compared with what happens.
 
 Budget, admission, dropping and Retry-After all rely on one learned cost. If it is wrong, what follows can
 keep it wrong: requests that are refused run no batch that would correct it, and a server that answers
@@ -76,7 +76,7 @@ class Watchdog:
         return ""
 
     def reason(self, now: float) -> str:
-        """What people should know: that the cost was forgotten, and why; empty after a while."""
+        """Why the cost was released; empty 30 s later."""
         if self._distrusted_at is None or now - self._distrusted_at > _SHOWN_S:
             return ""
         return f"the learned cost was wrong and is learned again: {self._why}"

@@ -27,7 +27,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serving_kit
-from serving_kit import batching, execution, service
+from serving_kit import (
+    batching,
+    execution,
+    incidents,
+    observers,
+    service,
+    status_reader,
+    telemetry,
+)
 from serving_kit.errors import (
     DeadlineExceeded,
     InputRejected,
@@ -36,10 +44,11 @@ from serving_kit.errors import (
     ServingError,
     Unavailable,
 )
-from serving_kit.execution import Prepared, Result
+from serving_kit.execution import Result
 from serving_kit.failures import bisection, breaker, recovery
 from serving_kit.failures.breaker import Gate
-from serving_kit.failures.classify import Fault, kind
+from serving_kit.failures.classify import kind
+from serving_kit.model import FailureKind, Prepared
 from serving_kit.models.functions import CallableModel
 from serving_kit.records import BatchReason
 from serving_kit.scheduling import scheduler
@@ -52,7 +61,18 @@ from tests.test_batching import PATIENCE, Bench, busy, drive, result, until
 
 pytestmark = pytest.mark.light
 
-KIT = (batching, execution, recovery, scheduler, breaker, bisection, service)  # whose lines are made to raise
+KIT = (
+    batching,
+    execution,
+    recovery,
+    scheduler,
+    breaker,
+    bisection,
+    service,
+    incidents,
+    observers,
+    telemetry,
+)  # whose lines are made to raise
 
 
 class Picky:
@@ -64,7 +84,7 @@ class Picky:
         self._forward = bench.model.forward
         bench.model.forward = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, batch: Sequence[Prepared]) -> Sequence[Any]:
+    def __call__(self, batch: Sequence[Prepared[Any]]) -> Sequence[Any]:
         values = [each.payload for each in batch]
         self.calls.append(values)
         error = self.bad(values)
@@ -212,7 +232,7 @@ def test_a_model_that_fails_everything_is_not_asked_over_and_over_and_then_not_a
 
 def test_who_waits_when_the_breaker_opens_is_told_at_once() -> None:
     async def test(bench: Bench) -> None:
-        def forward(batch: Sequence[Prepared]) -> Sequence[Any]:
+        def forward(batch: Sequence[Prepared[Any]]) -> Sequence[Any]:
             bench.model.inside.set()
             assert bench.model.gate.wait(PATIENCE)
             raise ValueError
@@ -282,7 +302,7 @@ def test_after_a_wrong_number_of_outputs_each_input_runs_alone_and_those_that_fi
     async def test(bench: Bench) -> None:
         calls = []
 
-        def forward(batch: Sequence[Prepared]) -> Sequence[Any]:
+        def forward(batch: Sequence[Prepared[Any]]) -> Sequence[Any]:
             calls.append(len(batch))
             return [each.payload.upper() for each in batch if each.payload != "left out"]
 
@@ -309,7 +329,7 @@ def test_a_lost_device_is_never_asked_again_and_the_advice_is_to_restart() -> No
         assert bench.batcher.breaker.gate(time.monotonic() + 1e9) is Gate.LATCHED
 
     bench = drive(test)
-    assert [kind(cause) for _, cause in bench.errors] == [Fault.DEVICE]
+    assert [kind(cause) for _, cause in bench.errors] == [FailureKind.DEVICE]
 
 
 # -- memory -------------------------------------------------------------------------------------------
@@ -384,7 +404,7 @@ def test_what_a_failed_forward_held_is_given_back_before_the_next_one() -> None:
     async def test(bench: Bench) -> None:
         held: list[Any] = []
 
-        def forward(batch: Sequence[Prepared]) -> Sequence[Any]:
+        def forward(batch: Sequence[Prepared[Any]]) -> Sequence[Any]:
             tensor = Tensor()
             tensor.itself = tensor  # type: ignore[attr-defined]  # a cycle, as models have
             assert all(reference() is None for reference in held), "the halves would not fit either"
@@ -542,7 +562,7 @@ def live_with(assassin: Assassin) -> None:
 
 def test_the_model_thread_may_die_at_any_line_and_nobody_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(recovery, "make_room", lambda *args, **more: None)  # 0.1 s in a large process
+    monkeypatch.setattr("tests.test_batching.free_memory", lambda *args, **more: None)  # 0.1 s if large
     scout = Assassin()
     live_with(scout)
     assert len(scout.passed) > 150
@@ -596,7 +616,7 @@ def serve_with(assassin: Assassin) -> None:
         finally:
             sys.settrace(None)
         assert len(ended) == 6, "each ends once"
-        assert kit.metrics.outcomes.total() in ((6, 5) if assassin.killed else (6,)), (
+        assert kit.metrics.requests() in ((6, 5) if assassin.killed else (6,)), (
             "and is counted once, unless it is the counting that dies"
         )
         await client(kit, "last", patience=PATIENCE)
@@ -737,14 +757,14 @@ def test_a_stuck_forward_gives_504_on_time_and_health_says_so_and_stop_returns(
 ) -> None:
     server, model, client = moody
     model.go_on.clear()
-    monkeypatch.setattr(service, "_STUCK_AT_LEAST_S", 0.3)
+    monkeypatch.setattr(status_reader, "_STUCK_AT_LEAST_S", 0.3)
     server.tune(timeout_ms=100)
     began = time.monotonic()
     late = client.post("/", content="x")
     assert late.status_code == 504
     assert time.monotonic() - began < 2
     wait_until(lambda: health(client)[:2] == (503, "stuck"))
-    assert "one forward has been running for" in health(client)[2]
+    assert "one model call has been running for" in health(client)[2]
     model.go_on.set()
     wait_until(lambda: health(client)[0] == 200)
     model.go_on.clear()

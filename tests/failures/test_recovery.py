@@ -1,651 +1,494 @@
-"""The decisions after a failure, without threads or clocks: who is to blame, what fits, when to ask."""
+"""What follows from a step that raised: the generators of the recovery, and the engine that drives them."""
 
-import copy
-import math
-from collections import Counter
+from __future__ import annotations
+
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving_kit.errors import (
-    DeadlineExceeded,
-    InputRejected,
-    ModelFailed,
-    RequestTooLarge,
-    ServingError,
-    Unavailable,
+from serving_kit.errors import DeadlineExceeded, InputRejected, ModelFailed, RequestTooLarge, Unavailable
+from serving_kit.events import Done, Failed
+from serving_kit.failures.breaker import Gate
+from serving_kit.failures.classify import Failure, WrongNumberOfOutputs, kind
+from serving_kit.failures.recovery import (
+    Conclusions,
+    Expire,
+    FreeMemory,
+    Isolated,
+    Recovery,
+    Reply,
+    Request,
+    Rerun,
+    RunCanary,
+    Settle,
+    attribute,
+    recover,
 )
-from serving_kit.execution import Call, Job, Result
-from serving_kit.failures import recovery
-from serving_kit.failures.bisection import Search
-from serving_kit.failures.breaker import Breaker, Gate
-from serving_kit.failures.classify import Fault, WorkerDied, WrongNumberOfOutputs, kind
-from serving_kit.failures.memory_limit import Ceiling
-from serving_kit.failures.recovery import Canary, Case, Recovery
-from serving_kit.scheduling.scheduler import Item, Scheduler, State
-from serving_kit.settings import Settings
+from serving_kit.items import Item
+from serving_kit.model import Failed as FailedAlone
+from serving_kit.model import Input
+from tests.support_core import Bad, Bed, Echo, Payload, raise_for, running
 
 pytestmark = pytest.mark.light
 
 
-# -- who is to blame ----------------------------------------------------------------------------------
+def values(items: Sequence[Item]) -> list[str]:
+    return [item.input.value for item in items]
 
 
-def search(size: int, culprits: set[int], *, vouched: bool) -> tuple[int, set[int], set[int]]:
-    """Forwards after the first, positions that were answered, culprits that were found."""
-    forwards, answered, found = 0, set[int](), set[int]()
-    looking = Search(size, vouched=vouched)
-    while (part := looking.next()) is not None:
-        forwards += 1
-        assert answered.isdisjoint(part), "nobody runs again after his answer"
-        if culprits.isdisjoint(part):
-            answered.update(part)
-            looking.passed()
-        else:
-            looking.failed(part)
-            if len(part) == 1:
-                found.update(part)
-    return forwards, answered, found
+class Driver:
+    """Drives one recovery with a model that is a function of what a step holds; every run takes a second.
 
+    Attributes:
+        requests: What the recovery asked for, in order.
+        answered: Values that were answered.
+        settled: Values that got a failure, with it.
+    """
 
-def depth(size: int) -> int:
-    return math.ceil(math.log2(size))
-
-
-@given(st.data(), st.integers(1, 300), st.booleans())
-def test_one_culprit_is_found_within_the_bound_and_everybody_else_answered(
-    data: st.DataObject, size: int, vouched: bool
-) -> None:
-    culprit = data.draw(st.integers(0, size - 1))
-    forwards, answered, found = search(size, {culprit}, vouched=vouched)
-    assert forwards <= 2 * depth(size)
-    assert answered == set(range(size)) - {culprit}
-    assert found == ({culprit} if size > 1 else set()), "one alone has been found already"
-
-
-@given(st.integers(2, 200), st.sets(st.integers(0, 199), min_size=1))
-def test_several_culprits_are_all_found_if_the_model_is_known_to_work(size: int, culprits: set[int]) -> None:
-    culprits = {each for each in culprits if each < size} or {size - 1}
-    forwards, answered, found = search(size, culprits, vouched=True)
-    assert (answered, found) == (set(range(size)) - culprits, culprits)
-    assert forwards <= min(2 * depth(size) * len(culprits), 2 * size - 2)
-
-
-@given(st.integers(2, 200), st.sets(st.integers(0, 199), min_size=1))
-def test_few_culprits_are_all_found_though_nobody_vouches(size: int, culprits: set[int]) -> None:
-    culprits = set(sorted(each for each in culprits if each < size)[: depth(size)]) or {0}
-    _, answered, found = search(size, culprits, vouched=False)
-    assert (answered, found) == (set(range(size)) - culprits, culprits)
-
-
-@given(st.integers(2, 5000))
-def test_a_model_that_fails_everything_is_not_asked_for_every_item(size: int) -> None:
-    forwards, answered, _ = search(size, set(range(size)), vouched=False)
-    assert forwards <= 2 * depth(size)
-    assert not answered
-
-
-# -- one batch from failure to answers ----------------------------------------------------------------
-
-
-class Ward:
-    """A `Recovery` with all that it asks for, around a model that is a function of what a batch holds."""
-
-    def __init__(
-        self,
-        bad: Callable[[Sequence[str]], BaseException | None],
-        canary: str | None = "good",
-        *,
-        retry: bool = True,
-    ) -> None:
+    def __init__(self, bad: Bad, *, canary: bool | None = True) -> None:
         self.bad = bad
-        self.now = 0.0
-        self.locked = False
-        self.calls: list[list[str]] = []
-        self.probes: list[str] = []
-        self.results: dict[str, list[Result]] = {}
-        self.incidents: list[ServingError] = []
-        self.recovery = Recovery(
-            rerun=lambda items, left_waiting: self.run(items),
-            probe=self.probe,
-            answer=self.answer,
-            deliver=self.deliver,
-            on_error=lambda failed, error: self.incidents.append(failed),
-            clock=lambda: self.now,
-            lock=self,
-            breaker=Breaker(),
-            ceiling=Ceiling(),
-            canary=None if canary is None else Canary(canary, {}),
-            retry=retry,
+        self.canary = canary  # whether it is answered; None: there is none
+        self.now = 1.0
+        self.requests: list[Request] = []
+        self.answered: list[str] = []
+        self.settled: dict[str, Settle] = {}
+        self.expired: list[str] = []
+
+    def recover(self, items: Sequence[Item], *, retry: bool = True, thorough: bool = False) -> Conclusions:
+        error = self.bad(values(items))
+        assert error is not None
+        return self.run(
+            recover(
+                items,
+                failure(error),
+                self.now,
+                has_canary=self.canary is not None,
+                retry=retry,
+                thorough=thorough,
+            )
         )
 
-    def __enter__(self) -> None:
-        assert not self.locked
-        self.locked = True
+    def run(self, recovery: Recovery) -> Conclusions:
+        reply: Reply | None = None
+        while True:
+            try:
+                request = next(recovery) if reply is None else recovery.send(reply)
+            except StopIteration as stop:
+                conclusions: Conclusions = stop.value
+                return conclusions
+            self.requests.append(request)
+            reply = self._do(request)
 
-    def __exit__(self, *exc: object) -> None:
-        self.locked = False
+    @property
+    def reruns(self) -> list[list[str]]:
+        return [values(each.items) for each in self.requests if isinstance(each, Rerun)]
 
-    def run(self, items: Sequence[Item]) -> Call:
-        values = [item.payload.value for item in items]
-        assert not self.locked, "no model code under the lock"
-        self.calls.append(values)
-        began, self.now = self.now, self.now + 1.0
-        answers = [value.upper() for value in values]
-        return Call(items, began, self.now, answers, self.bad(values))
+    @property
+    def canaries(self) -> int:
+        return sum(isinstance(each, RunCanary) for each in self.requests)
 
-    def probe(self, value: str, parameters: Any) -> bool:
-        assert not self.locked
-        self.probes.append(value)
-        return self.bad([value]) is None
-
-    def answer(self, call: Call, started: float) -> None:
-        self.recovery.succeeded()
-        self.deliver(call.results(started))
-
-    def deliver(self, results: list[tuple[Item, Result]]) -> None:
-        assert not self.locked
-        for item, result in results:
-            self.results.setdefault(item.payload.value, []).append(result)
-
-    def treat(self, items: Sequence[Item]) -> None:
-        """What becomes of a batch, told once for each."""
-        self.results.clear()
-        call = self.run(items)
-        assert call.error is not None
-        self.recovery.recover(call, 0)
-        assert all(len(results) == 1 for results in self.results.values()), "exactly one outcome"
-
-    def said(self, value: str) -> Result:
-        return self.results[value][0]
+    def _do(self, request: Request) -> Reply:
+        if isinstance(request, Settle):
+            for value in values(request.items):
+                assert value not in self.settled
+                assert value not in self.answered
+                self.settled[value] = request
+        elif isinstance(request, Expire):
+            self.expired += values(request.items)
+        elif isinstance(request, RunCanary):
+            self.now += 1
+            return Reply(self.now, healthy=self.canary is True)
+        elif isinstance(request, Rerun):
+            self.now += 1
+            error = self.bad(values(request.items))
+            if error is not None:
+                return Reply(self.now, failure(error))
+            self.answered += values(request.items)
+        return Reply(self.now)
 
 
-def running(value: str, deadline: float = 1e6) -> Item:
-    return Item(0.0, deadline, max(1, len(value)), Job(value, {}, None), "g", State.RUNNING)  # type: ignore[arg-type]
+def failure(error: BaseException) -> Failure:
+    return Failure(error, kind(error))
 
 
-def any_of(bad: set[str], error: type[BaseException] = ValueError) -> Callable[..., BaseException | None]:
-    return lambda values: None if bad.isdisjoint(values) else error()
+def batch(size: int) -> list[Item]:
+    return [running(f"v{n}") for n in range(size)]
 
 
-@given(st.data(), st.integers(1, 30), st.sampled_from(["good", "bad", None]))
-def test_whoever_still_waits_gets_exactly_one_outcome_and_nobody_else_any(
-    data: st.DataObject, size: int, canary: str | None
-) -> None:
+# -- one failed step ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 30), st.sampled_from([True, False, None]), st.booleans())
+def test_one_outcome_for_each(data: st.DataObject, size: int, canary: bool | None, retry: bool) -> None:
+    """Whatever fails, expires or is cancelled."""
     names = st.sets(st.sampled_from([f"v{n}" for n in range(size)]))
     gone, late = data.draw(names), data.draw(names)
     bad = data.draw(names) | {f"v{data.draw(st.integers(0, size - 1))}"}
-    items = [running(f"v{n}") for n in range(size)]
+    items = batch(size)
     for item in items:
-        item.abandoned = item.payload.value in gone
-        if item.payload.value in late:
+        item.cancelled = item.input.value in gone
+        if item.input.value in late:
             item.deadline = data.draw(st.floats(0.5, 20))
-    ward = Ward(any_of(bad | {"bad"}), canary)
-    ward.treat(items)
-    assert {f"v{n}" for n in range(size)} - gone <= ward.results.keys()
-    assert ward.results.keys().isdisjoint(gone - late), "nobody listens"
-    for item in items:
-        value = item.payload.value
-        if value in ward.results:
-            answer = ward.said(value)
-            assert answer.value in ((None,) if value in bad else (None, value.upper()))
-            assert (answer.value is None) != (answer.error is None)
-            assert isinstance(answer.error, (DeadlineExceeded, ModelFailed, type(None)))
-            if canary != "bad" and value not in bad | late | gone:
-                assert answer.value is not None, "the innocent are answered"
-    assert len(ward.calls) <= 2 * size
+    driver = Driver(raise_for(*bad), canary=canary)
+    conclusions = driver.recover(items, retry=retry)
+    ends = [*driver.answered, *driver.settled, *driver.expired]
+    assert len(ends) == len(set(ends))
+    assert set(ends) >= {f"v{n}" for n in range(size)} - gone
+    assert set(ends).isdisjoint(gone - late)
+    assert bad.isdisjoint(driver.answered)
+    if canary is not False and retry and size <= 2:
+        assert set(driver.answered) >= {f"v{n}" for n in range(size)} - bad - late - gone
+    assert len(driver.reruns) <= (2 * size if retry else 0)
+    assert (conclusions.unreported is None) == bool(driver.settled)
 
 
-def test_a_canary_that_fails_too_ends_the_search_and_counts_against_the_model() -> None:
-    ward = Ward(lambda values: LookupError())
-    for failures in (1, 2):
-        ward.treat([running(f"v{n}") for n in range(8)])
-        assert (len(ward.calls), ward.probes) == (failures, ["good"] * failures)
-        assert len(ward.incidents) == failures
-        assert ward.recovery.breaker.failures == failures
+def test_failing_canary_ends_it() -> None:
+    """It counts against the model."""
+    driver = Driver(lambda values: LookupError(), canary=False)
+    conclusions = driver.recover(batch(8))
+    assert (driver.reruns, driver.canaries) == ([], 1)
+    assert [each.healthy for each in conclusions.suspicions] == [False]
+    assert len(driver.settled) == 8
+    assert not any(each.alone for each in driver.settled.values())
 
 
-def test_without_a_canary_nothing_runs_but_the_inputs_of_the_batch_that_failed() -> None:
-    ward = Ward(any_of({"v0"}), canary=None)
-    ward.treat([running("v0"), running("v1")])
-    ward.calls.clear()
-    ward.treat([running("v0")])
-    assert (ward.calls, ward.probes) == ([["v0"]], [])
-    assert ward.recovery.breaker.failures == 0
+def test_bisection_to_the_failing_item() -> None:
+    driver = Driver(raise_for("v2"))
+    conclusions = driver.recover(batch(4))
+    assert sorted(driver.reruns) == [["v0", "v1"], ["v2"], ["v2", "v3"], ["v3"]]
+    assert list(driver.settled) == ["v2"]
+    assert not conclusions.suspicions
+    assert conclusions.unreported is None
 
 
-def test_without_a_canary_and_an_answer_it_is_a_doubt_that_an_answer_dispels() -> None:
-    ward = Ward(any_of({"v0", "v1"}), canary=None)
-    ward.treat([running("v0"), running("v1")])
-    assert (ward.recovery.breaker.failures, ward.recovery.breaker.suspects) == (0, True)
-    ward.treat([running("v0"), running("v2")])
-    assert not ward.recovery.breaker.suspects
+def test_no_canary_runs_only_its_own_items() -> None:
+    driver = Driver(raise_for("v0"), canary=None)
+    conclusions = driver.recover([running("v0")])
+    assert (driver.reruns, driver.canaries) == ([], 0)
+    assert [each.healthy for each in conclusions.suspicions] == [None]
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(2, 40))
-def test_without_a_canary_every_good_input_is_found_among_any_number_of_bad_ones(
-    data: st.DataObject, size: int
-) -> None:
-    good = data.draw(st.integers(0, size - 1))
-    ward = Ward(lambda values: None if values == [f"v{good}"] else ValueError(), canary=None)
-    ward.treat([running(f"v{n}") for n in range(size)])
-    assert [n for n in range(size) if ward.said(f"v{n}").error is None] == [good]
-    assert len(ward.calls) <= 2 * size - 1
+def test_thorough_finds_every_good_item(data: st.DataObject, size: int) -> None:
+    good = f"v{data.draw(st.integers(0, size - 1))}"
+    driver = Driver(lambda values: None if values == [good] else ValueError(), canary=None)
+    driver.recover(batch(size), thorough=True)
+    assert driver.answered == [good]
+    assert len(driver.reruns) <= 2 * size - 2
 
 
-def test_without_retry_a_batch_that_fails_fails_whole_and_its_inputs_run_once() -> None:
-    ward = Ward(any_of({"v0"}), retry=False)
-    ward.treat([running(f"v{n}") for n in range(8)])
-    assert (len(ward.calls), ward.probes) == (1, ["good"])
-    assert all(isinstance(ward.said(f"v{n}").error, ModelFailed) for n in range(8))
-    assert len(ward.incidents) == 1
-    assert ward.recovery.breaker.failures == 0
+def test_without_retry_it_fails_whole() -> None:
+    driver = Driver(raise_for("v0"))
+    conclusions = driver.recover(batch(8), retry=False)
+    assert (driver.reruns, driver.canaries) == ([], 1)
+    assert len(driver.settled) == 8
+    assert not conclusions.suspicions
 
 
-def test_without_retry_what_does_not_fit_is_a_lack_of_memory_and_lowers_the_limit() -> None:
-    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None, canary=None, retry=False)
-    ward.treat([running(f"v{n}") for n in range(8)])
-    assert all(isinstance(ward.said(f"v{n}").error, Unavailable) for n in range(8))
-    assert ward.recovery.ceiling.lowest(ward.now) == 8 * 2 / 2
-    assert len(ward.calls) == 1
-    ward = Ward(lambda values: MemoryError(), canary=None, retry=False)
-    ward.treat([running("v")])
-    assert isinstance(ward.said("v").error, RequestTooLarge)
+def test_wrong_number_of_outputs() -> None:
+    """Every item that is left runs alone."""
 
-
-def test_what_was_too_many_teaches_the_ceiling_and_what_is_too_large_alone_does_not() -> None:
-    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None)
-    ward.treat([running("vvvv") if n == 0 else running(f"v{n}") for n in range(8)])
-    assert ward.recovery.ceiling.lowest(ward.now) == 8 / 2, "4 of 2 tokens did not fit"
-    assert not ward.probes, "it was the number: the halves are run anyway"
-
-    ward = Ward(any_of({"large"}, MemoryError))
-    ward.treat([running("large"), running("v1")])
-    assert ward.recovery.ceiling.lowest(ward.now) is None
-    assert isinstance(ward.said("large").error, RequestTooLarge)
-    assert ward.said("v1").value == "V1"
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_memory_that_not_even_the_canary_gets_is_not_the_clients_fault(size: int) -> None:
-    ward = Ward(lambda values: MemoryError())
-    ward.treat([running(f"v{n}") for n in range(size)])
-    for n in range(size):
-        assert isinstance(ward.said(f"v{n}").error, Unavailable)
-    assert (len(ward.calls), ward.probes) == (size, ["good"])
-    assert ward.recovery.breaker.failures == 1
-
-
-def test_inputs_that_are_too_large_each_by_itself_are_told_so_and_the_model_is_not_to_blame() -> None:
-    ward = Ward(any_of({"v0", "v1"}, MemoryError))
-    ward.treat([running("v0"), running("v1")])
-    assert all(isinstance(ward.said(value).error, RequestTooLarge) for value in ("v0", "v1"))
-    assert ward.recovery.breaker.failures == 0
-
-
-def test_every_forward_that_lacked_memory_gives_it_back_thoroughly_only_now_and_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    searches: list[bool] = []
-    monkeypatch.setattr(recovery, "make_room", lambda error, *, thorough: searches.append(thorough))
-    ward = Ward(any_of({"large"}, MemoryError))
-    ward.treat([running(value) for value in ("large", "b", "c", "d")])
-    assert searches == [True, False, False], "the batch, its half, the one"
-    ward.now += 11
-    ward.treat([running("large")])
-    assert searches[3:] == [True]
-
-
-def test_after_a_wrong_number_of_outputs_every_item_runs_alone() -> None:
-    def bad(values: Sequence[str]) -> BaseException | None:
+    def bad(values: list[str]) -> BaseException | None:
         if len(values) == 4:
             return ValueError()
         return WrongNumberOfOutputs() if "a" in values else None
 
-    ward = Ward(bad)
-    ward.treat([running(value) for value in "abcd"])
-    assert ward.calls == [list("abcd"), list("ab"), ["c"], ["d"], ["a"], ["b"]]
-    assert [ward.said(value).value for value in "abcd"] == [None, "B", "C", "D"]
+    driver = Driver(bad)
+    driver.recover([running(value) for value in "abcd"])
+    assert driver.reruns == [list("ab"), ["c"], ["d"], ["a"], ["b"]]
+    assert sorted(driver.answered) == list("bcd")
 
-    ward = Ward(lambda values: WrongNumberOfOutputs() if "a" in values else None)
-    ward.treat([running(value) for value in "abcd"])
-    assert ward.calls == [list("abcd"), *map(list, "abcd")]
-    assert [ward.said(value).value for value in "abcd"] == [None, "B", "C", "D"]
+    driver = Driver(raise_for("a", error=WrongNumberOfOutputs))
+    driver.recover([running(value) for value in "abcd"])
+    assert driver.reruns == [["a"], ["b"], ["c"], ["d"]]
+    assert driver.answered == list("bcd")
 
 
-def test_a_device_that_is_lost_meanwhile_is_not_asked_again() -> None:
-    def bad(values: Sequence[str]) -> BaseException | None:
+def test_device_lost_during_the_bisection() -> None:
+    def bad(values: list[str]) -> BaseException | None:
+        error = RuntimeError("CUDA error: device-side assert triggered")
+        return ValueError() if len(values) == 4 else error
+
+    driver = Driver(bad)
+    driver.recover([running(value) for value in "abcd"])
+    assert len(driver.reruns) == 1
+    assert len(driver.settled) == 4
+
+
+def test_no_client_left() -> None:
+    driver = Driver(raise_for("v0"))
+    items = [running("v0"), running("v1", deadline=0.5)]
+    items[0].cancelled = True
+    conclusions = driver.recover(items)
+    assert (driver.reruns, driver.canaries) == ([], 0)
+    assert driver.expired == ["v1"]
+    assert conclusions.unreported is not None
+
+
+def test_expired_while_the_canary_runs() -> None:
+    driver = Driver(raise_for("v0"))
+    driver.recover([running("v0", deadline=1.5), running("v1", deadline=1.5)])
+    assert driver.expired == ["v0", "v1"]
+    assert driver.reruns == []
+
+
+def test_skipped_rerun() -> None:
+    """Its clients have left since it was asked for; the bisection goes on."""
+    items = batch(4)
+    recovery = recover(items, failure(ValueError()), 1.0, has_canary=False, retry=True, thorough=True)
+    first = next(recovery)
+    assert isinstance(first, Rerun)
+    for item in first.items:
+        item.cancelled = True
+    second = recovery.send(Reply(2.0, skipped=True))
+    assert isinstance(second, Rerun)
+    assert not set(first.items) & set(second.items)
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+def test_too_many_together() -> None:
+    """The halves run anyway, and the least that did not fit is reported."""
+    driver = Driver(lambda values: MemoryError() if len(values) > 2 else None)
+    conclusions = driver.recover([running("vvvv"), *batch(8)[1:]])
+    assert values(conclusions.too_large) == ["v4", "v5", "v6", "v7"]
+    assert driver.canaries == 0
+    assert len(driver.answered) == 8
+
+
+def test_too_large_alone() -> None:
+    driver = Driver(raise_for("large", error=MemoryError))
+    conclusions = driver.recover([running("large"), running("v1")])
+    assert not conclusions.too_large
+    assert driver.settled["large"].alone
+    assert driver.answered == ["v1"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_memory_for_the_canary(size: int) -> None:
+    """It is not the inputs."""
+    driver = Driver(lambda values: MemoryError(), canary=False)
+    conclusions = driver.recover(batch(size))
+    assert not any(each.alone for each in driver.settled.values())
+    assert (len(driver.reruns), driver.canaries) == (size - 1, 1)
+    assert [each.healthy for each in conclusions.suspicions] == [False]
+
+
+def test_every_item_too_large() -> None:
+    driver = Driver(lambda values: MemoryError())
+    conclusions = driver.recover(batch(2))
+    assert all(each.alone for each in driver.settled.values())
+    assert not conclusions.suspicions
+
+
+def test_memory_is_freed_each_time() -> None:
+    driver = Driver(raise_for("large", error=MemoryError))
+    driver.recover([running(value) for value in ("large", "b", "c", "d")])
+    kinds = [type(each) for each in driver.requests]
+    assert kinds.count(FreeMemory) == 3, "the batch, its half, the one"
+    for before, after in itertools.pairwise(kinds):
+        assert before is not FreeMemory or after in (Rerun, RunCanary, Settle)
+
+
+def test_memory_without_retry() -> None:
+    driver = Driver(lambda values: MemoryError(), canary=None)
+    conclusions = driver.recover(batch(8), retry=False)
+    assert len(conclusions.too_large) == 8
+    assert not any(each.alone for each in driver.settled.values())
+    driver = Driver(lambda values: MemoryError(), canary=None)
+    driver.recover(batch(1), retry=False)
+    assert driver.settled["v0"].alone
+
+
+# -- single items ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "canary", "healthy"),
+    [
+        (ValueError(), True, []),
+        (ValueError(), False, [False]),
+        (ValueError(), None, [None]),
+        (ModelFailed("of a finish"), False, [False]),
+        (InputRejected("no mask"), False, []),
+        (RuntimeError("CUDA error: device-side assert triggered"), True, [False]),
+    ],
+)
+def test_what_counts_against_the_model(
+    error: Exception, canary: bool | None, healthy: list[bool | None]
+) -> None:
+    driver = Driver(lambda values: None, canary=canary)
+    isolated = Isolated(running("v"), failure(error))
+    conclusions = driver.run(attribute([isolated], canary is not None))
+    assert [each.healthy for each in conclusions.suspicions] == healthy
+
+
+def test_one_canary_for_several_items() -> None:
+    driver = Driver(lambda values: None, canary=False)
+    several = [Isolated(item, failure(ValueError())) for item in batch(3)]
+    assert len(driver.run(attribute(several, True)).suspicions) == 3
+    assert driver.canaries == 1
+
+
+# -- the engine --------------------------------------------------------------------------------------
+
+EXAMPLE = Input("good")
+
+
+class Ward(Bed):
+    """An engine around a model that is a function of what a step holds."""
+
+    def __init__(self, bad: Bad, canary: Input | None = EXAMPLE, *, retry: bool = True) -> None:
+        super().__init__(Echo(canary), retry=retry, max_batch_size=64)
+        self.model.bad = bad
+
+    def treat(self, *values: str) -> None:
+        """What becomes of items that share a step, once for each."""
+        self.ask(*values)
+        self.check_released()
+
+
+def test_failures_of_the_model_are_counted() -> None:
+    ward = Ward(lambda values: LookupError())
+    for failures in (1, 2):
+        ward.treat(*"abcdefgh")
+        assert ward.model.steps == [list("abcdefgh"), ["good"]] * failures
+        assert len(ward.failures) == failures
+        assert ward.engine.breaker.failures == failures
+
+
+def test_an_answer_clears_inconclusive_failures() -> None:
+    ward = Ward(raise_for("v0", "v1"), canary=None)
+    ward.treat("v0", "v1")
+    assert ward.engine.breaker.failures == 0
+    assert ward.engine.breaker.has_failures
+    ward.treat("v0", "v2")
+    assert not ward.engine.breaker.has_failures
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(2, 40))
+def test_good_input_among_bad_ones(data: st.DataObject, size: int) -> None:
+    """Without a canary, before the breaker has opened, it is found among any number."""
+    names = [f"v{n}" for n in range(size)]
+    good = data.draw(st.sampled_from(names))
+    ward = Ward(lambda values: None if values == [good] else ValueError(), canary=None)
+    ward.treat(*names)
+    assert [name for name in names if isinstance(ward.end(name), Done)] == [good]
+    assert len(ward.model.steps) <= 2 * size - 1
+
+
+def test_short_bisection_once_it_has_opened() -> None:
+    ward = Ward(lambda values: ValueError(), canary=None)
+    for number in range(12):
+        ward.now += 1
+        try:
+            ward.treat(f"v{number}")
+        except Unavailable:
+            continue
+    assert ward.engine.breaker.reason
+    ward.now += 10
+    before = len(ward.model.steps)
+    ward.treat(*[f"w{n}" for n in range(64)])
+    assert len(ward.model.steps) - before <= 1 + 2 * 6
+
+
+def test_engine_without_retry() -> None:
+    ward = Ward(raise_for("v0"), retry=False)
+    names = [f"v{n}" for n in range(8)]
+    ward.treat(*names)
+    assert ward.model.steps == [names, ["good"]]
+    assert all(isinstance(ward.error(name), ModelFailed) for name in names)
+    assert len(ward.failures) == 1
+    assert ward.engine.breaker.failures == 0
+
+
+def test_memory_limit_is_learned() -> None:
+    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None)
+    ward.treat("vvvv", *[f"v{n}" for n in range(1, 8)])
+    assert ward.engine.scheduler.memory_limit.lowest(ward.now) == pytest.approx(8 / 2, abs=1)
+
+    ward = Ward(raise_for("large", error=MemoryError))
+    ward.treat("large", "v1")
+    assert ward.engine.scheduler.memory_limit.lowest(ward.now) is None
+    assert isinstance(ward.error("large"), RequestTooLarge)
+    assert ward.end("v1") == Done("V1", 0.0, ward.now)
+
+
+def test_memory_limit_without_retry() -> None:
+    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None, canary=None, retry=False)
+    names = [f"v{n}" for n in range(8)]
+    ward.treat(*names)
+    assert all(isinstance(ward.error(name), Unavailable) for name in names)
+    assert ward.engine.scheduler.memory_limit.lowest(ward.now) == 8 * 2 / 2
+    assert len(ward.model.steps) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_that_others_have_taken(size: int) -> None:
+    ward = Ward(lambda values: MemoryError())
+    names = [f"v{n}" for n in range(size)]
+    ward.treat(*names)
+    assert all(type(ward.error(name)) is Unavailable for name in names)
+    assert ward.engine.breaker.failures == 1
+
+
+def test_inputs_too_large_each() -> None:
+    ward = Ward(raise_for("v0", "v1", error=MemoryError))
+    ward.treat("v0", "v1")
+    assert all(isinstance(ward.error(name), RequestTooLarge) for name in ("v0", "v1"))
+    assert ward.engine.breaker.failures == 0
+
+
+def test_lost_device_in_the_bisection() -> None:
+    def bad(values: list[str]) -> BaseException | None:
         if values == ["good"]:
             return None
         return ValueError() if len(values) == 4 else RuntimeError("CUDA error: device-side assert triggered")
 
     ward = Ward(bad)
-    ward.treat([running(value) for value in "abcd"])
-    assert len(ward.calls) == 2
-    assert all(isinstance(ward.said(value).error, ModelFailed) for value in "abcd")
-    assert ward.recovery.breaker.gate(ward.now) is Gate.LATCHED
+    ward.treat(*"abcd")
+    assert ward.model.steps == [list("abcd"), ["good"], ["a", "b"]]
+    assert all(isinstance(ward.error(value), ModelFailed) for value in "abcd")
+    assert ward.engine.breaker.gate(ward.now) is Gate.LATCHED
 
 
-@pytest.mark.parametrize(
-    ("error", "canary", "failures", "suspects"),
-    [
-        (ValueError(), "good", 0, False),
-        (ValueError(), "bad", 1, True),
-        (ValueError(), None, 0, True),
-        (ModelFailed("of a finish"), "bad", 1, True),
-        (InputRejected("a verdict"), "bad", 0, False),
-    ],
-)
-def test_what_is_held_against_the_model(
-    error: Exception, canary: str | None, failures: int, suspects: bool
-) -> None:
-    ward = Ward(any_of({"bad"}), canary)
-    ward.recovery.judge(error, running("v").payload)
-    assert (ward.recovery.breaker.failures, ward.recovery.breaker.suspects) == (failures, suspects)
-    ward.recovery.succeeded()
-    assert not ward.recovery.breaker.suspects, "an answer makes up for it"
+def test_items_that_fail_alone_in_a_retry() -> None:
+    """A retry that gives no answer, only failures of single items, is attributed as well."""
+
+    def advance(payload: Payload) -> FailedAlone:
+        return FailedAlone(ValueError())
+
+    ward = Ward(lambda values: ValueError() if len(values) > 1 else None, canary=None)
+    ward.model.advance = advance  # type: ignore[assignment, method-assign]
+    ward.treat("a", "b")
+    assert all(isinstance(ward.end(value), Failed) for value in "ab")
+    assert len(ward.failures) == 3, "the step's and the items'"
+    assert ward.engine.breaker.has_failures
 
 
-def test_a_batch_that_nobody_waits_for_is_not_run_again() -> None:
-    ward = Ward(any_of({"v0"}))
-    items = [running("v0"), running("v1", deadline=0.5)]
-    items[0].abandoned = True
-    ward.treat(items)
-    assert (len(ward.calls), ward.probes) == (1, [])
-    assert list(ward.results) == ["v1"]
-    assert len(ward.incidents) == 1, "the owner is told"
+def test_no_client_left_is_recorded() -> None:
+    ward = Ward(raise_for("v0"))
+    items = [*ward.offer("v0"), *ward.offer("v1", timeout_s=0.5)]
+    ward.turn()
+    ward.model.takes = after(ward.model.takes, lambda: ward.cancel(items[:1]))
+    ward.settle()
+    assert ward.model.steps == [["v0", "v1"]]
+    assert "v0" not in ward.events
+    assert isinstance(ward.error("v1"), DeadlineExceeded)
+    assert len(ward.failures) == 1
+    ward.check_released()
 
 
-def test_a_case_hands_out_parts_until_each_culprit_stands_alone() -> None:
-    items = [running(value) for value in "abcd"]
-    case = Case(Call(items, 0.0, 1.0, error=ValueError()))
-    assert case.needs_canary
-    case.hear(True)
-    runs: Counter[str] = Counter()
-    while part := case.next(1.0):
-        values = [item.payload.value for item in part]
-        runs["".join(values)] += 1
-        if "c" not in values:
-            case.passed(part)
-        elif case.failed(part, ValueError()):
-            case.blame(part)
-    assert runs == Counter(["ab", "cd", "c", "d"])
-    assert case.blamed == {items[2]}
-    assert not case.is_the_models
-    assert not case.waiting(1.0)
+def after(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        first()
+        then()
 
-
-# -- when to ask --------------------------------------------------------------------------------------
-
-EVENTS = st.lists(
-    st.tuples(st.floats(0, 100), st.sampled_from(["failed", "succeeded", "nothing"])), max_size=60
-)
-
-
-@given(EVENTS)
-def test_the_breaker_opens_after_five_failures_in_a_row_and_never_for_longer_than_a_minute(
-    events: list[tuple[float, str]],
-) -> None:
-    breaker, now, in_a_row, was_open_until = Breaker(), 0.0, 0, -1.0
-    for wait, event in events:
-        now += wait
-        gate = breaker.gate(now)
-        assert breaker.admits(now, 0) == (gate is not Gate.OPEN)
-        assert breaker.admits(now, 1) == (gate is Gate.CLOSED), "on probation one at a time"
-        assert 0 <= breaker.pause(now) <= 60
-        assert (breaker.pause(now) > 0) == (gate is Gate.OPEN)
-        assert bool(breaker.reason) == (gate is not Gate.CLOSED)
-        if event == "succeeded":
-            breaker.succeeded()
-            in_a_row = 0
-            assert breaker.gate(now) is Gate.CLOSED, "an answer closes it"
-        elif event == "failed":
-            breaker.failed(now, "ValueError")
-            if gate is Gate.CLOSED:
-                in_a_row += 1
-                assert breaker.gate(now) is (Gate.OPEN if in_a_row >= 5 else Gate.CLOSED)
-            else:
-                assert breaker.gate(now) is Gate.OPEN
-                if gate is Gate.OPEN:
-                    assert now + breaker.pause(now) == pytest.approx(was_open_until), "no news"
-        if breaker.gate(now) is Gate.OPEN:
-            was_open_until = now + breaker.pause(now)
-
-
-def test_every_failure_on_probation_doubles_the_pause() -> None:
-    breaker, now, pauses = Breaker(), 0.0, []
-    for _ in range(5):
-        breaker.failed(now, "ValueError")
-    for _ in range(6):
-        pauses.append(breaker.pause(now))
-        now += breaker.pause(now)
-        breaker.failed(now, "ValueError")
-    assert pauses == [5, 10, 20, 40, 60, 60]
-    assert breaker.reason == "the model has failed 11 times in a row, last with ValueError"
-
-
-def doubt(breaker: Breaker, now: float, *inputs: int) -> None:
-    breaker.doubted(now, "ValueError", set(inputs))
-
-
-def test_without_a_canary_it_opens_after_ten_seconds_of_different_inputs_without_an_answer() -> None:
-    breaker = Breaker()
-    for second in range(10):
-        doubt(breaker, float(second), second)
-        assert breaker.gate(second) is Gate.CLOSED, "others may yet be answered"
-    doubt(breaker, 10.0, 10)
-    assert breaker.gate(10.0) is Gate.OPEN
-    assert breaker.pause(10.0) == 1
-    assert breaker.reason == "no request was answered for 10 s, and the last failed with ValueError"
-    assert not breaker.refuses_admitted(10.0), "what was admitted still runs"
-
-
-def test_without_a_canary_one_bad_input_sent_over_and_over_opens_nothing() -> None:
-    breaker = Breaker()
-    for second in range(1000):
-        doubt(breaker, float(second), 1, 2)
-        doubt(breaker, float(second), 3, 4)
-    assert breaker.gate(1000.0) is Gate.CLOSED
-
-
-@given(st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=60), st.floats(0, 9.9))
-def test_without_a_canary_an_answer_every_ten_seconds_keeps_it_closed(
-    events: list[tuple[float, bool]], phase: float
-) -> None:
-    breaker, now, answered = Breaker(), 0.0, -phase
-    for number, (wait, _) in enumerate(events):
-        now += wait
-        while answered + 9.9 <= now:
-            answered += 9.9
-            breaker.succeeded()
-        doubt(breaker, now, number)
-        assert breaker.gate(now) is Gate.CLOSED
-
-
-def test_in_doubt_a_client_that_comes_back_after_its_pause_is_let_in_and_one_answer_closes_it() -> None:
-    breaker, now, pauses = Breaker(), 0.0, []
-    for number in range(1000):  # bad inputs alone, all the time
-        now += 0.1
-        was = breaker.gate(now)
-        doubt(breaker, now, number)
-        if breaker.gate(now) is Gate.OPEN and was is not Gate.OPEN:
-            pause = breaker.pause(now)
-            pauses.append(pause)
-            for later in (pause, pause + 1.9):
-                assert breaker.admits(now + later, 100), "also beside others"
-                doubt(trial := copy.deepcopy(breaker), now + later, 1000 + number)
-                assert trial.admits(now + later, 100), "and whatever fails first"
-    assert pauses == pytest.approx([1, 2, 4, *[8] * 8])
-    breaker.succeeded()
-    assert breaker.gate(now) is Gate.CLOSED
-    assert not breaker.suspects
-
-
-def test_a_crash_counts_also_in_doubt_and_then_one_request_at_a_time_is_let_in() -> None:
-    breaker = Breaker()
-    for second in (*range(5), 10):
-        doubt(breaker, float(second), second)
-    assert breaker.in_doubt
-    for _ in range(5):
-        breaker.failed(10.5, "a crash of its thread")
-    assert not breaker.in_doubt
-    assert breaker.pause(10.5) == 5
-    assert breaker.refuses_admitted(10.5)
-    assert not breaker.admits(16.0, 1)
-    doubt(breaker, 16.0, 99)
-    assert breaker.admits(16.0, 0), "a bad input is no crash"
-
-
-@given(EVENTS)
-def test_a_lost_device_is_lost_whatever_happens_afterwards(events: list[tuple[float, str]]) -> None:
-    breaker, now = Breaker(), 0.0
-    breaker.latch("the device is lost")
-    for wait, event in events:
-        now += wait
-        if event == "succeeded":
-            breaker.succeeded()
-        elif event == "failed":
-            breaker.failed(now, "ValueError")
-        assert breaker.gate(now) is Gate.LATCHED
-        assert not breaker.admits(now, 0)
-        assert breaker.reason == "the device is lost"
-
-
-# -- what fits ----------------------------------------------------------------------------------------
-
-
-def fill(scheduler: Scheduler, lengths: Sequence[int], now: float) -> None:
-    for length in lengths:
-        item = Item(now, now + 1e6, length)
-        assert scheduler.offer([item], now) is None
-        scheduler.ready(item, length, "g")
-
-
-def live_a_day(capacity: int, length: int, seconds: float = 86_400) -> tuple[int, float]:
-    """Batches that broke in a day under full load, and the mean share of the possible size."""
-    scheduler = Scheduler(Settings(max_batch_size=64, group_by_length=False, drop_hopeless=False))
-    broken, shares, now = 0, [], 0.0
-    while now < seconds:
-        fill(scheduler, [length] * (64 - scheduler.queue_depth), now)
-        batch = scheduler.poll(now).batch
-        assert batch is not None
-        scheduler.finished(now, ok=True)
-        if batch.padded_tokens > capacity:
-            broken += 1
-            parts = [batch.padded_tokens]
-            while parts[-1] / 2 > capacity:
-                parts.append(parts[-1] // 2)
-            scheduler.ceiling.broke(length, parts[-1], now)
-        else:
-            shares.append(batch.padded_tokens / capacity)
-        now += 30.0
-    return broken, sum(shares) / len(shares)
-
-
-@pytest.mark.parametrize("capacity", [64 * 10 - 1, 33 * 10, 20 * 10, 7 * 10])
-def test_a_day_at_full_load_finds_the_ceiling_a_handful_of_times(capacity: int) -> None:
-    broken, share = live_a_day(capacity, 10)
-    assert 1 <= broken <= 14
-    assert share > 0.6, "and most of the room is used"
-
-
-def test_what_broke_may_be_tried_again_after_a_while_that_doubles() -> None:
-    ceiling = Ceiling()
-    assert ceiling.limit(8, 0.0) == math.inf
-    ceiling.broke(8, 1000, 0.0)
-    assert [ceiling.limit(8, t) for t in (0.0, 150.0, 299.9)] == pytest.approx([500, 750, 1000], abs=1)
-    assert ceiling.limit(8, 300.0) == math.inf
-    assert (ceiling.lowest(0.0), ceiling.lowest(300.0)) == (500, None)
-    ceiling.broke(8, 1000, 310.0)
-    assert ceiling.limit(8, 310.0 + 599) < 1000
-    assert ceiling.limit(8, 310.0 + 600) == math.inf
-
-
-def test_what_long_rows_cannot_have_short_ones_may() -> None:
-    ceiling = Ceiling()
-    ceiling.broke(500, 8000, 0.0)
-    assert ceiling.limit(500, 0.0) == ceiling.limit(5000, 0.0) == 4000
-    assert ceiling.limit(100, 0.0) == math.inf
-    ceiling.broke(10, 2000, 0.0)
-    assert ceiling.limit(500, 0.0) == ceiling.limit(10, 0.0) == 1000
-
-
-@given(
-    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=60),
-    broken=st.lists(st.tuples(st.integers(1, 600), st.integers(2, 20_000)), max_size=4),
-    by_length=st.booleans(),
-)
-def test_no_batch_exceeds_the_ceiling_and_the_oldest_is_in_it(
-    lengths: list[int], broken: list[tuple[int, int]], by_length: bool
-) -> None:
-    scheduler = Scheduler(Settings(group_by_length=by_length))
-    for timing in [(100, 0.01), (200, 0.02), (400, 0.04)]:
-        scheduler.cost.observe(*timing)
-    for longest, padded in broken:
-        scheduler.ceiling.broke(longest, padded, 0.0)
-    fill(scheduler, lengths, 0.0)
-    oldest = scheduler._queue[0]
-    batch = scheduler.poll(0.0).batch
-    assert batch is not None
-    assert oldest in batch.items
-    longest = max(item.tokens for item in batch.items)
-    assert len(batch.items) == 1 or batch.padded_tokens <= scheduler.ceiling.limit(longest, 0.0)
-
-
-# -- what kind of failure -----------------------------------------------------------------------------
-
-
-class OutOfMemoryError(RuntimeError):
-    """As `torch.cuda.OutOfMemoryError` is named."""
-
-
-def raised_from(error: BaseException, cause: BaseException) -> BaseException:
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ValueError("no"), Fault.ERROR),
-        (MemoryError(), Fault.MEMORY),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), Fault.MEMORY),
-        (
-            RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                "you tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"
-            ),
-            Fault.MEMORY,
-        ),
-        (
-            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 42 bytes."),
-            Fault.MEMORY,
-        ),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be..."), Fault.MEMORY),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), Fault.MEMORY),
-        (raised_from(ValueError("wrapped"), MemoryError()), Fault.MEMORY),
-        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors..."), Fault.DEVICE),
-        (RuntimeError("CUDA error: an illegal memory access was encountered\n..."), Fault.DEVICE),
-        (RuntimeError("HIP error: unspecified launch failure"), Fault.DEVICE),
-        (RuntimeError("CUDA error: invalid configuration argument"), Fault.ERROR),
-        (WrongNumberOfOutputs("2 inputs, 1 outputs"), Fault.OUTPUTS),
-        (raised_from(WorkerDied("dead"), ValueError()), Fault.CRASH),
-        # What a client has written proves nothing.
-        (ValueError("CUDA error: device-side assert triggered"), Fault.ERROR),
-        (RuntimeError("cannot read 'CUDA error: device-side assert triggered'"), Fault.ERROR),
-        (RuntimeError("cannot read 'not enough memory'"), Fault.ERROR),
-    ],
-)
-def test_failures_are_told_apart_by_what_their_libraries_say(error: BaseException, expected: Fault) -> None:
-    assert kind(error) is expected
-
-
-def test_what_torch_really_says_when_the_memory_is_not_there() -> None:
-    torch = pytest.importorskip("torch")
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(2**50, dtype=torch.uint8)
-    assert kind(raised.value) is Fault.MEMORY
+    return both

@@ -1,4 +1,4 @@
-"""Who may ask: this machine by its own name, pages from here, and whoever has the token."""
+"""Who may ask: this machine by its own name, pages from here, and clients with the token."""
 
 import asyncio
 import socket
@@ -9,22 +9,17 @@ import httpx
 import pytest
 
 from serving_kit import create_app
-from serving_kit.http.access import Access, access
+from serving_kit.http.access import Access, Denied, Level, Login, RequestHead, access
+from serving_kit.http.app import all_endpoints
+from serving_kit.http.endpoints import RouteTable
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
 HERE, OUTSIDE = ("127.0.0.1", 8000), ("192.168.1.7", 8000)
 LOCAL = Access("secret")
+TABLE = RouteTable(all_endpoints())
 EVERY_ROUTE = [
-    ("GET", "/"),
-    ("POST", "/"),
-    ("GET", "/panel.js"),
-    ("GET", "/info"),
-    ("GET", "/stats"),
-    ("GET", "/metrics"),
-    ("GET", "/openapi.json"),
-    ("GET", "/settings"),
-    ("PATCH", "/settings"),
+    *((each.method, each.path) for each in TABLE.endpoints if each.level is not Level.OPEN),
     ("GET", "/nothing"),
 ]
 
@@ -33,8 +28,15 @@ def status(
     rule: Access, method: str = "POST", path: str = "/", server: Any = HERE, **headers: str
 ) -> int | None:
     given = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    refusal = rule.refusal(method, path, server, given)
-    return refusal and refusal.status
+    decision = rule.authorise(RequestHead(method, path, b"", server, given), TABLE.level(method, path))
+    assert not isinstance(decision, Login)
+    return decision and decision.status
+
+
+def cookie_for(rule: Access, query: bytes, server: Any) -> str | None:
+    """What a browser gets that opens the page with this query."""
+    decision = rule.authorise(RequestHead("GET", "/", query, server, {b"host": b"x"}), Level.CLIENT)
+    return decision.cookie if isinstance(decision, Login) else None
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def status(
         "127.9.9.9",
     ],
 )
-def test_this_machine_may_ask_by_its_own_names(host: str) -> None:
+def test_names_of_this_machine(host: str) -> None:
     assert status(LOCAL, host=host) is None
 
 
@@ -65,22 +67,20 @@ def test_this_machine_may_ask_by_its_own_names(host: str) -> None:
         "127.0.0.1.x",
     ],
 )
-def test_a_name_that_may_have_been_rebound_is_refused(host: str) -> None:
+def test_rebound_names(host: str) -> None:
     assert status(LOCAL, host=host) == 403
     assert status(LOCAL, host=host, authorization="Bearer secret") is None
     assert status(LOCAL, "GET", "/live", host=host) is None
 
 
-def test_a_name_that_was_allowed_is_known() -> None:
+def test_allowed_name() -> None:
     rule = access("secret", allowed_hosts=["Models.example"])
     assert status(rule, host="models.example:443") is None
     assert status(rule, host="other.example") == 403
 
 
 @pytest.mark.parametrize("variable", ["JUPYTERHUB_SERVICE_PREFIX", "COLAB_RELEASE_TAG", "VSCODE_PROXY_URI"])
-def test_behind_a_proxy_without_a_known_name_any_name_is_taken_that_cannot_have_been_rebound(
-    variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxy_without_a_known_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "x")
     assert status(access("secret"), host="hub.example") is None
     assert status(access("secret"), host=f"hub.example:{HERE[1]}") == 403
@@ -88,7 +88,7 @@ def test_behind_a_proxy_without_a_known_name_any_name_is_taken_that_cannot_have_
     assert status(access("secret"), host="hub.example", origin="https://evil.example") == 403
 
 
-FOREIGN = [
+OTHER_SITES = [
     {"origin": "https://evil.example"},
     {"origin": "http://localhost:3000"},
     {"origin": "null"},
@@ -104,23 +104,23 @@ OURS = [
 ]
 
 
-@pytest.mark.parametrize("headers", FOREIGN)
-def test_a_page_from_elsewhere_may_not_post(headers: dict[str, str]) -> None:
+@pytest.mark.parametrize("headers", OTHER_SITES)
+def test_pages_of_other_sites(headers: dict[str, str]) -> None:
     host = "localhost:8000"
     assert status(LOCAL, host=host, **headers) == 403
     assert status(LOCAL, host=host, authorization="Bearer secret", **headers) is None
     assert status(LOCAL, host=host, authorization="Bearer wrong", **headers) == 403
-    cookie = (LOCAL.pass_for(b"token=secret", HERE) or "").partition(";")[0]
+    cookie = (cookie_for(LOCAL, b"token=secret", HERE) or "").partition(";")[0]
     assert status(LOCAL, host=host, cookie=cookie, **headers) == 403
     assert status(Access("secret", public=True), host=host, **headers) is None
 
 
 @pytest.mark.parametrize("headers", OURS)
-def test_our_own_page_may(headers: dict[str, str]) -> None:
+def test_own_page(headers: dict[str, str]) -> None:
     assert status(LOCAL, host="localhost:8000", **headers) is None
 
 
-def test_a_link_may_be_followed_and_an_allowed_origin_may_ask() -> None:
+def test_links_and_allowed_origins() -> None:
     assert status(LOCAL, "GET", host="localhost", sec_fetch_site="cross-site") is None
     rule = access("secret", allowed_origins=["https://app.example"])
     origin = {"origin": "https://app.example", "sec_fetch_site": "cross-site"}
@@ -132,7 +132,7 @@ def test_a_link_may_be_followed_and_an_allowed_origin_may_ask() -> None:
     ("rule", "server"),
     [(LOCAL, OUTSIDE), (access("secret", "0.0.0.0"), HERE), (access("secret", "192.168.1.7"), OUTSIDE)],
 )
-def test_from_outside_everything_takes_the_token(rule: Access, server: Any) -> None:
+def test_other_machines_need_the_token(rule: Access, server: Any) -> None:
     for method, path in EVERY_ROUTE:
         assert status(rule, method, path, server, host="localhost") == 401
         assert status(rule, method, path, server, host="any", authorization="bearer secret") is None
@@ -142,17 +142,17 @@ def test_from_outside_everything_takes_the_token(rule: Access, server: Any) -> N
         assert status(rule, "GET", path, server, host="any") is None
 
 
-def test_without_a_token_only_this_machine_may_ask() -> None:
+def test_no_token() -> None:
     assert status(Access(), server=HERE, host="localhost") is None
     assert status(Access(), server=("/run/x.sock", None), host="localhost") is None
     for server in (OUTSIDE, None, ("testserver", 80), ("testserver", None)):
         assert status(Access(), server=server, host="localhost") == 403
     assert status(Access(), server=HERE, host="evil", authorization="Bearer ") == 403
-    assert Access().pass_for(b"token=", HERE) is None
+    assert cookie_for(Access(), b"token=", HERE) is None
 
 
-def test_the_cookie_opens_what_its_token_opens_and_is_not_the_token() -> None:
-    cookie = LOCAL.pass_for(b"a=b&token=secret", OUTSIDE)
+def test_cookie() -> None:
+    cookie = cookie_for(LOCAL, b"a=b&token=secret", OUTSIDE)
     assert cookie is not None
     assert "secret" not in cookie
     assert "HttpOnly; SameSite=Lax" in cookie
@@ -160,7 +160,25 @@ def test_the_cookie_opens_what_its_token_opens_and_is_not_the_token() -> None:
     assert status(LOCAL, "GET", "/stats", OUTSIDE, cookie=f"other=1; {pair}") is None
     assert status(Access("changed"), "GET", "/stats", OUTSIDE, cookie=pair) == 401
     for wrong in (b"", b"token=", b"token=wrong", b"xtoken=secret", b"token=secret&token=no"):
-        assert LOCAL.pass_for(wrong, OUTSIDE) is None
+        assert cookie_for(LOCAL, wrong, OUTSIDE) is None
+
+
+@pytest.mark.parametrize("rule", [LOCAL, access("secret", "0.0.0.0"), Access("secret", public=True)])
+def test_owner_routes_need_the_token_itself(rule: Access) -> None:
+    cookie = (cookie_for(rule, b"token=secret", HERE) or "").partition(";")[0]
+    for method, path in (("PATCH", "/settings"), ("GET", "/errors"), ("HEAD", "/errors")):
+        assert status(rule, method, path, host="localhost") == 401
+        assert status(rule, method, path, host="localhost", cookie=cookie) == 401
+        assert status(rule, method, path, host="localhost", authorization="Bearer secret") is None
+    assert status(Access(), "GET", "/errors", host="localhost") == 403
+
+
+def test_denial_names_the_purpose() -> None:
+    head = RequestHead("GET", "/errors", b"", HERE, {b"host": b"localhost"})
+    denied = LOCAL.authorise(head, Level.OWNER, "the list of failures")
+    assert isinstance(denied, Denied)
+    assert denied.text.startswith("the list of failures needs the token")
+    assert denied.headers == {"www-authenticate": "Bearer"}
 
 
 # -- over HTTP -------------------------------------------------------------------------------------
@@ -175,9 +193,7 @@ def outside(serve: Serve) -> Any:
     return serve(shout, host="0.0.0.0")
 
 
-def test_on_the_network_the_cell_is_told_once_and_not_the_token(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_of_serve_on_the_network(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     outside = serve(shout, host="0.0.0.0")
     said = capsys.readouterr().out
     assert said.count("other machines can reach it") == 1
@@ -185,7 +201,7 @@ def test_on_the_network_the_cell_is_told_once_and_not_the_token(
     assert outside("a") == "A"
 
 
-def test_on_the_network_every_route_wants_the_token(outside: Any) -> None:
+def test_routes_on_the_network(outside: Any) -> None:
     token = {"authorization": f"Bearer {outside.token}"}
     with httpx.Client(base_url=outside.url) as client:
         for method, path in EVERY_ROUTE:
@@ -198,7 +214,7 @@ def test_on_the_network_every_route_wants_the_token(outside: Any) -> None:
         assert client.get("/health").status_code == client.get("/live").status_code == 200
 
 
-def test_a_browser_gets_in_by_its_address_once_and_settings_still_take_the_token(outside: Any) -> None:
+def test_browser_on_the_network(outside: Any) -> None:
     with httpx.Client(base_url=outside.url, follow_redirects=True) as browser:
         assert browser.get("/?token=wrong").status_code == 401
         page = browser.get(f"/?token={outside.token}")
@@ -208,11 +224,11 @@ def test_a_browser_gets_in_by_its_address_once_and_settings_still_take_the_token
         assert browser.get("/stats").status_code == 200
         assert browser.post("/", content="a").json() == "A"
         assert browser.patch("/settings", json={"max_batch_size": 2}).status_code == 401
-        drive_by = browser.post("/", content="a", headers={"origin": "http://localhost:1"})
-        assert drive_by.status_code == 403
+        cross_site = browser.post("/", content="a", headers={"origin": "http://localhost:1"})
+        assert cross_site.status_code == 403
 
 
-def test_a_drive_by_post_never_reaches_the_model(serve: Serve) -> None:
+def test_cross_site_post(serve: Serve) -> None:
     server = serve(shout)
     host, port = "127.0.0.1", int(server.url.rpartition(":")[2])
     for header in (b"host: evil.example", b"host: localhost\r\norigin: https://evil.example"):
@@ -229,7 +245,7 @@ def test_a_drive_by_post_never_reaches_the_model(serve: Serve) -> None:
     assert sum(server.stats()["requests"].values()) == 0
 
 
-def test_running_the_cell_again_with_other_rules_applies_them_and_keeps_the_token(serve: Serve) -> None:
+def test_rerun_with_other_rules(serve: Serve) -> None:
     first = serve(shout)
     token, ask = first.token, {"host": "models.example"}
     assert httpx.post(first.url, content="a", headers=ask).status_code == 403
@@ -238,7 +254,7 @@ def test_running_the_cell_again_with_other_rules_applies_them_and_keeps_the_toke
     assert httpx.post(second.url, content="a", headers=ask).json() == "A"
 
 
-def test_an_allowed_origin_gets_cors_and_nobody_else(serve: Serve) -> None:
+def test_cors(serve: Serve) -> None:
     origin = "https://app.example"
     server = serve(shout, allowed_origins=[origin])
     ask = {"origin": origin, "sec-fetch-site": "cross-site"}
@@ -263,7 +279,7 @@ def posted(app: Any, url: str, root_path: str = "", **headers: str) -> int:
     return asyncio.run(post())
 
 
-def test_an_app_answers_this_machine_only_unless_it_has_a_token_or_is_public() -> None:
+def test_app_without_a_server() -> None:
     assert posted(create_app(shout), "http://127.0.0.1:1/") == 200
     assert posted(create_app(shout), "http://models.example:1/") == 403
     assert posted(create_app(shout, public=True), "http://models.example:1/") == 200
@@ -271,7 +287,7 @@ def test_an_app_answers_this_machine_only_unless_it_has_a_token_or_is_public() -
     assert posted(create_app(shout, token="t"), "http://models.example:1/", authorization="Bearer t") == 200
 
 
-def test_under_a_prefix_the_rule_is_the_same() -> None:
+def test_prefix() -> None:
     url = "http://127.0.0.1:1/model/"
     assert posted(create_app(shout), url, "/model") == 200
     assert posted(create_app(shout), url, "/model", origin="http://evil.example") == 403

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from serving_kit.http import connection
+from tests.support_http import read_to_end
 
 pytestmark = pytest.mark.light
 
@@ -16,27 +17,19 @@ HEAD = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 2\r\n"
 
 @pytest.fixture
 def client(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    monkeypatch.setattr(connection, "_HEAD_S", 0.3)
+    monkeypatch.setattr(connection, "_HEAD_TIMEOUT_S", 0.3)
     server = serve(lambda texts: texts)
     with socket.create_connection(("127.0.0.1", server._inline.port), timeout=10) as raw:
         yield raw
 
 
-def everything(raw: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
-    data = b""
-    while more := raw.recv(65536):
-        data += more
-    return data
-
-
 @pytest.mark.parametrize("sent", [b"", b"P", HEAD], ids=["nothing", "a letter", "no end"])
-def test_a_head_that_does_not_come_is_not_waited_for(client: socket.socket, sent: bytes) -> None:
+def test_head_that_does_not_come(client: socket.socket, sent: bytes) -> None:
     client.sendall(sent)
-    assert everything(client).startswith(b"HTTP/1.1 408 ")
+    assert read_to_end(client).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_head_without_end_is_cut_off(client: socket.socket) -> None:
+def test_head_without_end(client: socket.socket) -> None:
     client.sendall(HEAD)
     sent = 0
     try:
@@ -47,7 +40,7 @@ def test_a_head_without_end_is_cut_off(client: socket.socket) -> None:
     assert sent < 100_000_000
 
 
-def test_a_head_that_comes_in_pieces_is_fine_also_on_a_kept_connection(client: socket.socket) -> None:
+def test_head_in_pieces(client: socket.socket) -> None:
     for _ in range(2):
         client.sendall(HEAD[:20])
         client.sendall(HEAD[20:])
@@ -58,10 +51,8 @@ def test_a_head_that_comes_in_pieces_is_fine_also_on_a_kept_connection(client: s
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
-def test_half_a_head_behind_a_request_under_way_does_not_cost_it_its_answer(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection, "_HEAD_S", 0.1)
+def test_half_a_head_during_a_request(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_HEAD_TIMEOUT_S", 0.1)
     wait = threading.Event()
 
     def slow(texts: list[str]) -> list[str]:
@@ -76,6 +67,6 @@ def test_half_a_head_behind_a_request_under_way_does_not_cost_it_its_answer(
             raw.recv(1)  # the second request's time has been over for a while
         wait.set()
         raw.settimeout(10)
-        data = everything(raw)
+        data = read_to_end(raw)
     assert data.startswith(b"HTTP/1.1 200 ")
     assert b"HTTP/1.1 408 " in data

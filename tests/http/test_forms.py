@@ -140,7 +140,7 @@ def test_the_contract_names_forms_and_their_refusal(server: Any) -> None:
 def test_a_file_in_a_form_is_an_input_of_a_media_task(serve: Serve) -> None:
     pytest.importorskip("torch")
     Image = pytest.importorskip("PIL.Image")
-    from tests import tiny
+    from tests.support_models import tiny
 
     def png(color: str) -> bytes:
         file = io.BytesIO()
@@ -148,7 +148,7 @@ def test_a_file_in_a_form_is_an_input_of_a_media_task(serve: Serve) -> None:
         return file.getvalue()
 
     red, blue = png("red"), png("blue")
-    server = serve(tiny.tiny("image-classification"))
+    server = serve(tiny("image-classification"))
     alone = httpx.post(server.url, content=red).json()
     for name in ("inputs", "file", "image"):
         assert httpx.post(server.url, files={name: ("a.png", red, "image/png")}).json() == alone

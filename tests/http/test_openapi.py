@@ -17,7 +17,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import serving_kit
-from serving_kit.http.openapi import describe
+from serving_kit.http.app import all_endpoints
+from serving_kit.http.openapi import Schema, Subject, document
 
 PROMISES = [
     status_code_conformance,
@@ -26,7 +27,7 @@ PROMISES = [
     unsupported_method,
 ]
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-schema = schemathesis.openapi.from_dict(describe("function", "echo", "1"))
+schema = schemathesis.openapi.from_dict(document(Subject("function", "echo", "1"), all_endpoints()))
 
 
 def echo(texts: list[Any]) -> list[Any]:
@@ -48,15 +49,46 @@ def check(case: Any, server: Any, **headers: str) -> None:
 
 @schema.parametrize()
 @MANY
-def test_the_server_keeps_to_its_own_document(case: Any, server: Any) -> None:
+def test_server_follows_the_document(case: Any, server: Any) -> None:
     check(case, server)
 
 
 @schema.include(path="/settings").parametrize()
 @MANY
-def test_and_for_who_may_change_settings(case: Any, server: Any) -> None:
+def test_settings_follow_the_document_with_the_token(case: Any, server: Any) -> None:
     before = server.settings
     try:
         check(case, server, authorization=f"Bearer {server.token}")
     finally:
         server.tune(**before.to_dict())
+
+
+def test_parameters_of_the_task() -> None:
+    parameters = {"type": "object", "properties": {"top_k": {"type": "integer"}}}
+
+    def inputs(parameters: Schema | None) -> Any:
+        described: Any = document(Subject("fill-mask", "m", "1", parameters), all_endpoints())
+        content = described["paths"]["/"]["post"]["requestBody"]["content"]
+        [as_object] = [each for each in content["application/json"]["schema"]["oneOf"] if "required" in each]
+        return as_object
+
+    assert inputs(None)["properties"]["parameters"] == {"type": ["object", "null"]}
+    assert inputs(parameters)["properties"]["parameters"] == {"oneOf": [parameters, {"type": "null"}]}
+    assert inputs(parameters)["required"] == ["inputs"]
+    needed = {**parameters, "required": ["top_k"]}
+    assert inputs(needed)["properties"]["parameters"] == needed
+    assert inputs(needed)["required"] == ["inputs", "parameters"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kinds"),
+    [
+        ("fill-mask", {"text/plain"}),
+        ("image-classification", {"application/octet-stream"}),
+    ],
+)
+def test_media_types_of_the_task(task: str, kinds: set[str]) -> None:
+    described: Any = document(Subject(task, "m", "1"), all_endpoints())
+    content = described["paths"]["/"]["post"]["requestBody"]["content"]
+    both = {"application/json", "multipart/form-data", "application/x-www-form-urlencoded"}
+    assert content.keys() == both | kinds

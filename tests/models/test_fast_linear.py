@@ -8,16 +8,14 @@ torch = pytest.importorskip("torch")
 
 from serving_kit.models import fast_linear
 from serving_kit.models.fast_linear import use_fast_linear
-from serving_kit.models.pipeline import PipelineModel
-from serving_kit.models.shared_weights import twin
-from tests.models.test_pipeline import answers, assert_same, plain
-from tests.tiny import example, minilm_folder, tiny
+from serving_kit.models.pipeline import build_pipeline_model
+from tests.support_models import answers, assert_same, example, minilm_folder, plain, tiny
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is faster depends on the machine; whether it is right must not."""
-    monkeypatch.setattr(fast_linear, "_WORTH_IT", 0.0)
+    monkeypatch.setattr(fast_linear, "WORTH_IT", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +31,8 @@ def layers(model: Any, kind: type) -> int:
 
 @pytest.mark.usefixtures("always")
 def test_the_answers_are_the_pipelines_own_and_its_modules_too(minilm: Any) -> None:
-    model = PipelineModel(minilm)
-    assert layers(model.pipe.model, fast_linear._fast_linear()) == 37
+    model = build_pipeline_model(minilm)
+    assert layers(model.pipe.model, fast_linear.fast_linear_class()) == 37
     assert layers(minilm.model, torch.nn.Linear) == 37
     texts = [example("feature-extraction", words) for words in (3, 60, 17)]
     assert_same(answers(model, texts, {}), [plain(minilm(text)) for text in texts])
@@ -79,20 +77,20 @@ def test_an_operator_that_does_not_keep_its_promise_is_not_used(
         raise AttributeError("no such operator")
 
     if fault == "missing":
-        monkeypatch.setattr(fast_linear, "_fast_linear", missing)
+        monkeypatch.setattr(fast_linear, "fast_linear_class", missing)
     elif fault == "wrong":
-        monkeypatch.setattr(fast_linear, "_WORTH_IT", 0.0)
-        monkeypatch.setattr(fast_linear, "_fast_linear", lambda: Odd)
+        monkeypatch.setattr(fast_linear, "WORTH_IT", 0.0)
+        monkeypatch.setattr(fast_linear, "fast_linear_class", lambda: Odd)
     else:
-        monkeypatch.setattr(fast_linear, "_WORTH_IT", 1000.0)
+        monkeypatch.setattr(fast_linear, "WORTH_IT", 1000.0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64))
     assert use_fast_linear(model) == 0
     assert type(model[0]) is torch.nn.Linear
 
 
-def test_a_cell_may_use_its_pipeline_while_the_model_thread_is_inside_the_twin() -> None:
+def test_a_cell_may_use_its_pipeline_during_a_step() -> None:
     pipe = tiny("fill-mask")
-    model = PipelineModel(pipe)
+    model = build_pipeline_model(pipe)
     text = example("fill-mask", 9)
     want, seen = plain(pipe(text)), []
     hook = model.pipe.model.cls.register_forward_pre_hook(lambda *_: seen.append(plain(pipe(text))))
@@ -101,34 +99,3 @@ def test_a_cell_may_use_its_pipeline_while_the_model_thread_is_inside_the_twin()
     finally:
         hook.remove()
     assert seen == [want]
-
-
-def test_a_twin_shares_the_weights_and_nothing_else() -> None:
-    model = tiny("text-classification").model
-    other = twin(model)
-    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
-        assert mine is theirs
-    for mine, theirs in zip(other.modules(), model.modules(), strict=True):
-        assert mine is not theirs
-
-
-@pytest.mark.parametrize(
-    "obstacle", ["quantised", "replaced forward", "cannot be copied", "hook", "compiled", "adapter"]
-)
-def test_a_model_that_cannot_be_taken_apart_has_no_twin(obstacle: str) -> None:
-    class Stubborn(torch.nn.Linear):
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise TypeError("not me")
-
-    model: Any = Stubborn(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
-    if obstacle == "quantised":
-        model.hf_quantizer = "some"
-    elif obstacle == "replaced forward":
-        model.forward = lambda x: x
-    elif obstacle == "hook":
-        model.register_forward_hook(lambda *_: None)
-    elif obstacle == "compiled":
-        model.compile(backend="eager")
-    elif obstacle == "adapter":
-        model.peft_config = {"default": None}
-    assert twin(model) is None

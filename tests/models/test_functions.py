@@ -17,7 +17,10 @@ import pytest
 
 import serving_kit
 from serving_kit.errors import MalformedRequest, ModelFailed, StartError
+from serving_kit.failures.classify import WrongNumberOfOutputs
 from serving_kit.inline_server import InlineServer, bind
+from serving_kit.model import Done, FailureKind, Part, Work
+from serving_kit.models.functions import CallableModel
 from tests.support import until
 
 pytestmark = pytest.mark.light
@@ -531,3 +534,37 @@ def test_an_exception_without_a_text_opens_no_breaker(serve: Any) -> None:
         assert (answer.status_code, answer.json()["error_type"]) == (500, "model_failed")
     assert server("good") == "good"
     assert "Nameless" in server.errors()[0].error
+
+
+# -- the protocol of a model --------------------------------------------------------------------------
+
+
+def test_step_gets_the_whole_list_and_the_parameters() -> None:
+    def scale(xs: list[float], held: str = "mine", *, by: float = 1.0) -> list[float]:
+        assert held == "mine"
+        return [x * by for x in xs]
+
+    model = CallableModel(scale)
+    model.check([1.0], {"by": 2.0})
+    with pytest.raises(MalformedRequest, match="takes by"):
+        model.check([1.0], {"held": "theirs"})
+    prepared = [model.prepare(x, {"by": 3.0}) for x in (1.0, 2.0)]
+    assert model.estimate(1.0) == prepared[0].work == Work()
+    results = model.step([Part(each, 1) for each in prepared])
+    assert results == [Done(3.0), Done(6.0)]
+    assert model.finish(prepared[0], results[0].output) == 3.0
+    model.release(prepared[0])
+
+
+@pytest.mark.parametrize("wrong", ["text", b"bytes", {"a": 1}, 5, None])
+def test_step_raises_for_what_is_no_list(wrong: Any) -> None:
+    model = CallableModel(lambda xs: wrong)
+    with pytest.raises(TypeError, match="must return a list"):
+        model.step([Part(model.prepare("x", {}), 1)])
+
+
+def test_step_raises_for_a_wrong_number_of_outputs() -> None:
+    model = CallableModel(lambda xs: [*xs, "more"])
+    with pytest.raises(WrongNumberOfOutputs, match="a list of 1 input and returned 2 outputs") as raised:
+        model.step([Part(model.prepare("x", {}), 1)])
+    assert model.classify(raised.value) is FailureKind.OUTPUTS

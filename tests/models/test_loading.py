@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import serving_kit
 from serving_kit import StartError
+from serving_kit.models.loading import load_model
+from serving_kit.models.pipeline import PipelineModel
 from tests.support import REPOSITORY
-from tests.tiny import minilm_folder
+from tests.support_models import fresh, minilm_folder, tiny
 
 pytest.importorskip("torch")
 
@@ -135,3 +138,61 @@ def test_a_folder_of_an_unknown_architecture_is_refused_with_an_example(tmp_path
 def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="it holds no model"):
         serving_kit.serve(tmp_path, port=0)
+
+
+def test_folder_and_pipeline(tmp_path: Any) -> None:
+    pipe = tiny("fill-mask")
+    pipe.save_pretrained(tmp_path / "my-model")
+    model = load_model(tmp_path / "my-model", task="fill-mask", device="cpu")
+    assert isinstance(model, PipelineModel)
+    assert (model.name, model.task_name, model.device) == ("my-model", "fill-mask", "cpu")
+    held = load_model(pipe)
+    assert isinstance(held, PipelineModel)
+    assert held.pipe.model.base_model.embeddings.word_embeddings.weight is (
+        pipe.model.base_model.embeddings.word_embeddings.weight
+    )
+    plain = load_model(pipe, shortcuts=False)
+    assert isinstance(plain, PipelineModel)
+    assert plain.pipe.model is pipe.model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"model": "no/such/model/anywhere", "task": "fill-mask"}, "no folder and no public model"),
+        ({"model": "/no/such/folder", "task": "fill-mask"}, "no folder and no public model"),
+        ({"model": "nobody/no-such-model", "task": "fill-mask"}, "the Hub cannot be reached"),
+        ({"model": "x/y", "task": "fill-masc"}, "Unknown task fill-masc"),
+        ({"model": 42}, "cannot serve int: pass a Hub id"),
+        ({"model": len, "task": "fill-mask"}, "are for loading a model by its id"),
+    ],
+)
+def test_advice(arguments: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no network in tests
+    with pytest.raises(StartError, match=advice):
+        load_model(**arguments)
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: out of memory: 1 TB")
+
+    monkeypatch.setattr("transformers.pipeline", no_memory)
+    with pytest.raises(StartError, match=r"smaller model.*stop_first=True"):
+        load_model(tmp_path, task="fill-mask")
+
+
+async def asynchronous(texts: list[str]) -> list[str]:
+    return texts
+
+
+def test_async_function_is_refused() -> None:
+    with pytest.raises(StartError, match="not async"):
+        load_model(asynchronous)
+
+
+def test_model_that_fails_for_its_own_example() -> None:
+    pipe = fresh("fill-mask")
+    pipe.model.cls.forward = None
+    with pytest.raises(StartError, match="is loaded, but cannot answer: TypeError"):
+        load_model(pipe)

@@ -8,9 +8,8 @@ torch = pytest.importorskip("torch")
 
 import transformers
 
-from serving_kit.models.pipeline import PipelineModel
-from tests.models.test_pipeline import answers, assert_same, plain
-from tests.tiny import tiny, tokenizer
+from serving_kit.models.pipeline import build_pipeline_model
+from tests.support_models import answers, assert_same, plain, tiny, tokenizer
 
 FAMILIES = ["Bert", "Roberta", "DistilBert", "Electra", "Albert", "ModernBert", "DebertaV2"]
 SMALL: dict[str, dict[str, Any]] = {
@@ -48,8 +47,8 @@ def test_every_family_gets_the_pipelines_answers_from_the_masks_alone(family: st
     if family == "DistilBert":  # it takes no token types, and its own tokeniser makes none
         pipe.tokenizer.model_input_names = ["input_ids", "attention_mask"]
     try:
-        model = PipelineModel(pipe)
-        assert model._mask_head is not None
+        model = build_pipeline_model(pipe)
+        assert model.stepper.shortcut is not None
         for parameters in ({}, {"top_k": 3}, {"targets": ["house", "river"]}):
             want = [plain(pipe(text, **parameters)) for text in TEXTS]
             assert_same(answers(model, TEXTS, parameters), want)
@@ -61,7 +60,7 @@ def test_every_family_gets_the_pipelines_answers_from_the_masks_alone(family: st
 
 def test_the_head_sees_nothing_but_the_masks() -> None:
     pipe = masked("Bert")
-    model = PipelineModel(pipe)
+    model = build_pipeline_model(pipe)
     seen = []
     hook = model.pipe.model.cls.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     try:
@@ -82,28 +81,28 @@ def test_a_model_that_is_built_otherwise_runs_in_full() -> None:
             return super().forward(hidden + hidden.flip(1))
 
     pipe.model.cls.__class__ = Mixing
-    model = PipelineModel(pipe)
-    assert model._mask_head is None
-    assert model.pipe.model is pipe.model, "there is no twin where no shortcut applies"
+    model = build_pipeline_model(pipe)
+    assert model.stepper.shortcut is None
+    assert model.pipe.model is pipe.model, "its modules are copied only where a shortcut applies"
     assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
 
 
 def test_modules_that_are_not_ours_are_never_hooked() -> None:
     pipe = masked("Bert")
-    pipe.model.cls.forward = pipe.model.cls.forward  # as accelerate does: there is no twin of such a model
-    model = PipelineModel(pipe)
+    pipe.model.cls.forward = pipe.model.cls.forward  # as accelerate does: such a model cannot be copied
+    model = build_pipeline_model(pipe)
     assert model.pipe.model is pipe.model
-    assert model._mask_head is None
+    assert model.stepper.shortcut is None
     assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
 
 
 def test_a_hook_is_never_left_behind() -> None:
     pipe = masked("Bert")
-    model = PipelineModel(pipe)
+    model = build_pipeline_model(pipe)
     answers(model, TEXTS, {})
     assert not model.pipe.model.base_model._forward_hooks
 
 
 def test_there_is_a_switch() -> None:
-    assert PipelineModel(tiny("fill-mask"))._mask_head is not None
-    assert PipelineModel(tiny("fill-mask"), shortcuts=False)._mask_head is None
+    assert build_pipeline_model(tiny("fill-mask")).stepper.shortcut is not None
+    assert build_pipeline_model(tiny("fill-mask"), shortcuts=False).stepper.shortcut is None

@@ -24,20 +24,11 @@ import numpy as np
 
 from serving_kit.errors import InputRejected, StartError
 from serving_kit.models import media
-from serving_kit.models.pipeline import PipelineModel
-from tests.models.test_pipeline import plain
-from tests.tiny import tiny
+from serving_kit.models.pipeline import build_pipeline_model
+from tests.support_models import IMAGE_TASKS, SOUND_TASKS, image_file, picture, plain, tiny
 
 Serve = Callable[..., Any]
-EYES = ["image-classification", "image-feature-extraction", "object-detection"]
-EARS = ["audio-classification", "automatic-speech-recognition"]
-PICTURE = Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3))
-
-
-def file(picture: Any = PICTURE, kind: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind)
-    return out.getvalue()
+PICTURE = picture()
 
 
 def wav(samples: np.ndarray, rate: int = 16_000, channels: int = 1) -> bytes:
@@ -65,13 +56,13 @@ def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-@pytest.mark.parametrize("task", EYES)
+@pytest.mark.parametrize("task", IMAGE_TASKS)
 def test_an_image_comes_as_bytes_or_as_base64(serve: Serve, task: str) -> None:
     pipe = tiny(task)
     url, want = serve(pipe).url, plain(pipe(PICTURE))
     for kind in ({}, {"content-type": "image/png"}, {"content-type": "application/octet-stream"}):
-        assert httpx.post(url, content=file(), headers=kind).json() == want
-    encoded = text(file())
+        assert httpx.post(url, content=image_file(), headers=kind).json() == want
+    encoded = text(image_file())
     for value in (encoded, f"data:image/png;base64,{encoded}"):
         assert httpx.post(url, json={"inputs": value}).json() == want
         assert httpx.post(url, json=value).json() == want
@@ -84,7 +75,7 @@ def test_a_cell_may_pass_an_image_itself(serve: Serve) -> None:
     assert plain(serve(pipe)(PICTURE, top_k=1)) == plain(pipe(PICTURE, top_k=1))
 
 
-@pytest.mark.parametrize("task", EARS)
+@pytest.mark.parametrize("task", SOUND_TASKS)
 def test_sound_comes_as_wav(serve: Serve, task: str) -> None:
     pipe = tiny(task)
     samples = (np.sin(np.arange(8000) / 7) * 9000).astype("<i2")
@@ -106,7 +97,7 @@ def fetched() -> Iterator[tuple[str, list[str]]]:
             asked.append(self.path)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(file())
+            self.wfile.write(image_file())
 
         def log_message(self, *_: object) -> None: ...
 
@@ -118,13 +109,13 @@ def fetched() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-@pytest.mark.parametrize("task", [*EYES, *EARS])
+@pytest.mark.parametrize("task", [*IMAGE_TASKS, *SOUND_TASKS])
 def test_no_string_is_opened_or_fetched(
     serve: Serve, task: str, tmp_path: Path, fetched: tuple[str, list[str]]
 ) -> None:
     address, asked = fetched
     secret = tmp_path / "abcd"  # a name that is base64, too
-    secret.write_bytes(file() if task in EYES else wav(np.zeros(8000, "<i2")))
+    secret.write_bytes(image_file() if task in IMAGE_TASKS else wav(np.zeros(8000, "<i2")))
     server = serve(tiny(task))
     strings: list[Any] = [str(secret), secret.name, f"file://{secret}", address, f"data:image/png,{address}"]
     for value in [*strings, *({"image": each} for each in strings), {"path": str(secret)}, 7, [[address]]]:
@@ -146,7 +137,7 @@ def test_no_string_is_opened_or_fetched(
         (bomb(100_000, 100_000), "most is 50,000,000 pixels"),
         (bomb(10_000, 10_000), "most is 50,000,000 pixels"),
         (bomb(1000, 1000), "not an image that can be read"),
-        (file()[:60], "not an image"),
+        (image_file()[:60], "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
         (b"<svg/>", "not an image"),
         (b"\0" * 100, "not an image"),
@@ -157,12 +148,12 @@ def test_a_bad_image_is_refused_and_the_server_goes_on(serve: Serve, data: bytes
     refused = httpx.post(server.url, content=data)
     assert refused.status_code == 422
     assert complaint in refused.json()["error"]
-    assert httpx.post(server.url, content=file()).status_code == 200
+    assert httpx.post(server.url, content=image_file()).status_code == 200
 
 
 def test_an_image_larger_than_a_text_may_be_is_taken(serve: Serve) -> None:
     noise = np.random.default_rng(1).integers(0, 255, (900, 900, 3), dtype=np.uint8)
-    body = file(Image.fromarray(noise))
+    body = image_file(Image.fromarray(noise))
     assert len(body) > 2**20
     assert httpx.post(serve(tiny("image-classification")).url, content=body).status_code == 200
 
@@ -182,7 +173,14 @@ def test_every_width_of_sample_is_between_minus_one_and_one(kind: str, one: int)
     assert heard["raw"][1] == (-1 if kind == "u1" else 0)
 
 
-_starts = [b"", file(), file(kind="GIF"), file(kind="JPEG"), file(kind="TIFF"), wav(np.zeros(9, "<i2"))]
+_starts = [
+    b"",
+    image_file(),
+    image_file(kind="GIF"),
+    image_file(kind="JPEG"),
+    image_file(kind="TIFF"),
+    wav(np.zeros(9, "<i2")),
+]
 
 
 @given(
@@ -217,4 +215,4 @@ def test_a_pipeline_that_opens_files_and_is_not_known_is_not_served() -> None:
     pipe = copy.copy(tiny("image-classification"))
     pipe.task = "document-question-answering"
     with pytest.raises(StartError, match="may open the paths and addresses that clients send"):
-        PipelineModel(pipe)
+        build_pipeline_model(pipe)

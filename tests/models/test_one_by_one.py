@@ -16,25 +16,11 @@ pytest.importorskip("PIL.Image")
 
 import serving_kit
 from serving_kit.errors import SettingError, StartError
-from tests.models.test_media import EARS, EYES, file
-from tests.models.test_pipeline_contracts import text_to_audio
 from tests.support import until
-from tests.tiny import PARAMETERS, tiny
+from tests.support_models import IMAGE_TASKS, PARAMETERS, SOUND_TASKS, image_file, tiny, without_pad_token
 
 Serve = Callable[..., Any]
 WHY_MEDIA = "inputs of this task are answered one by one"
-
-
-def without_pad_token() -> Any:
-    """A generating pipeline as GPT-2 comes: its tokenizer has no pad token."""
-    pipe = copy.copy(tiny("text-generation"))
-    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
-    pipe.tokenizer.pad_token = None
-    return pipe
-
-
-def made(task: str) -> Any:
-    return text_to_audio() if task == "text-to-audio" else tiny(task)
 
 
 def test_images_that_wait_together_are_answered_one_after_the_other(serve: Serve) -> None:
@@ -44,7 +30,9 @@ def test_images_that_wait_together_are_answered_one_after_the_other(serve: Serve
     pipe.model.register_forward_pre_hook(lambda *_: assert_acquired(allowed))
     server = serve(pipe, timeout_ms=60_000, drop_hopeless=False)
     with ThreadPoolExecutor(9) as clients:
-        requests = [clients.submit(httpx.post, server.url, content=file(), timeout=60) for _ in range(9)]
+        requests = [
+            clients.submit(httpx.post, server.url, content=image_file(), timeout=60) for _ in range(9)
+        ]
         until(lambda: server.stats()["queue_depth"] == 8, timeout=30)
         for answered in range(1, 10):
             allowed.release()
@@ -58,11 +46,11 @@ def assert_acquired(allowed: threading.Semaphore) -> None:
     assert allowed.acquire(timeout=60)
 
 
-@pytest.mark.parametrize("task", [*EYES, *EARS, "text-to-audio"])
+@pytest.mark.parametrize("task", [*IMAGE_TASKS, *SOUND_TASKS, "text-to-audio"])
 def test_a_default_is_lowered_and_the_line_of_serve_says_why(
     serve: Serve, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = serve(made(task))
+    server = serve(tiny(task))
     line = f"max_batch_size is 1: {WHY_MEDIA}"
     assert server.settings.max_batch_size == 1
     assert line in capsys.readouterr().out

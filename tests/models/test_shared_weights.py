@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 from serving_kit.errors import StartError
-from tests.models.test_pipeline import assert_same, plain
-from tests.tiny import example, tiny
+from serving_kit.models.shared_weights import with_shared_weights
+from tests.support_models import assert_same, example, fresh, plain, tiny
 
 Serve = Callable[..., Any]
 TASK = "feature-extraction"
 REQUESTS = 400
 PATIENT: dict[str, Any] = {"timeout_ms": 60_000, "drop_hopeless": False}  # admission is not the subject
-
-
-def fresh(task: str = TASK) -> Any:
-    """A pipeline whose tokenizer no other test uses."""
-    pipe = copy.copy(tiny(task))
-    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
-    return pipe
 
 
 @contextmanager
@@ -50,7 +43,7 @@ def a_busy_cell(pipe: Any, text: str) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("shortcuts", [True, False])
 def test_a_cell_that_truncates_shortens_no_clients_text(serve: Serve, shortcuts: bool) -> None:
-    pipe, text = fresh(), example(TASK, 40)
+    pipe, text = fresh(TASK), example(TASK, 40)
     want = plain(pipe(text))
     server = serve(pipe, shortcuts=shortcuts, **PATIENT)
     with a_busy_cell(pipe, text) as lengths:
@@ -61,7 +54,7 @@ def test_a_cell_that_truncates_shortens_no_clients_text(serve: Serve, shortcuts:
 
 
 def test_two_servers_on_one_pipeline_do_not_disturb_each_other(serve: Serve) -> None:
-    pipe, text = fresh(), example(TASK, 40)
+    pipe, text = fresh(TASK), example(TASK, 40)
     want = len(plain(pipe(text))[0])
     truncated = {"tokenize_kwargs": {"truncation": True, "max_length": 8}}
     first, second = serve(pipe, name="first", **PATIENT), serve(pipe, name="second", **PATIENT)
@@ -83,7 +76,7 @@ def test_two_servers_on_one_pipeline_do_not_disturb_each_other(serve: Serve) -> 
 
 
 def test_running_the_cell_again_with_the_same_pipeline_gives_the_new_server_its_own(serve: Serve) -> None:
-    pipe, text = fresh(), example(TASK, 40)
+    pipe, text = fresh(TASK), example(TASK, 40)
     want = len(plain(pipe(text))[0])
     serve(pipe)
     server = serve(pipe, **PATIENT)
@@ -109,7 +102,7 @@ def test_a_stop_sequence_of_the_pipelines_construction_still_works(serve: Serve)
 
 
 def test_a_tokenizer_that_cannot_be_copied_is_refused_with_the_remedy(serve: Serve) -> None:
-    pipe = fresh()
+    pipe = fresh(TASK)
     kind = type(pipe.tokenizer)
 
     class Unique(kind):  # type: ignore[misc, valid-type]
@@ -119,3 +112,37 @@ def test_a_tokenizer_that_cannot_be_copied_is_refused_with_the_remedy(serve: Ser
     pipe.tokenizer.__class__ = Unique
     with pytest.raises(StartError, match=r"tokenizer cannot be copied .*Serve a function"):
         serve(pipe)
+
+
+# -- modules ------------------------------------------------------------------------------------------
+
+
+def test_shared_weights_and_other_modules() -> None:
+    model = tiny("text-classification").model
+    other = with_shared_weights(model)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert mine is theirs
+    for mine, theirs in zip(other.modules(), model.modules(), strict=True):
+        assert mine is not theirs
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["quantised", "replaced forward", "cannot be copied", "hook", "compiled", "adapter"]
+)
+def test_no_shared_weights(obstacle: str) -> None:
+    class Stubborn(torch.nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("not me")
+
+    model: Any = Stubborn(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
+    if obstacle == "quantised":
+        model.hf_quantizer = "some"
+    elif obstacle == "replaced forward":
+        model.forward = lambda x: x
+    elif obstacle == "hook":
+        model.register_forward_hook(lambda *_: None)
+    elif obstacle == "compiled":
+        model.compile(backend="eager")
+    elif obstacle == "adapter":
+        model.peft_config = {"default": None}
+    assert with_shared_weights(model) is None

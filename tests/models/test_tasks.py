@@ -1,99 +1,255 @@
-"""Every text task over real HTTP: what `curl` gets is what the pipeline returns."""
+"""No string from a client is opened as a file or fetched as a URL, by any pipeline that transformers has."""
 
-import json
-import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import copy
+import http.server
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 pytest.importorskip("torch")
+pytest.importorskip("PIL.Image")
 
-from serving_kit.errors import StartError
-from tests.models.test_pipeline import LENGTHS, assert_same, plain
-from tests.tiny import PARAMETERS, TASKS, example, minilm_folder, tiny
+import transformers
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import serving_kit
+from serving_kit.errors import MalformedRequest, StartError
+from serving_kit.models.pipeline import build_pipeline_model
+from serving_kit.models.tasks import TASKS
+from tests.support_models import PARAMETERS, example, image_file, text_to_audio, tiny, tokenizer
 
 Serve = Callable[..., Any]
-WITHOUT_PARAMETERS = [task for task in TASKS if task not in PARAMETERS]
+REGISTERED = sorted(PIPELINE_REGISTRY.supported_tasks)
+_opened: list[str] = []
+_watching = threading.Event()
 
 
-@pytest.mark.parametrize("task", WITHOUT_PARAMETERS)
-def test_curl_gets_exactly_what_the_pipeline_returns(serve: Serve, task: str) -> None:
-    pipe, text = tiny(task), example(task, 12)
-    server = serve(pipe, shortcuts=False)
-    command = ["curl", "-sS", "-X", "POST", "-d", text, server.url + "/"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    assert json.loads(done.stdout) == plain(pipe(text))
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watching.is_set():
+        _opened.append(str(arguments[0]))
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_sixteen_clients_at_once_get_their_own_answers(serve: Serve, task: str) -> None:
-    pipe, parameters = tiny(task), PARAMETERS.get(task, {})
-    server = serve(pipe)
-    before = server.logs()
-    texts = [example(task, words) for words in LENGTHS * 4]
-    with ThreadPoolExecutor(16) as clients:
-        got = list(clients.map(lambda text: plain(server(text, **parameters)), texts))
-    for text, answer in zip(texts, got, strict=True):
-        assert_same(answer, plain(pipe(text, **parameters)))
-    assert sum(server.stats()["batches"].values()) < len(texts), "some of them shared a forward"
-    assert server.logs() == before, "the library had something to say, which a cell would have shown"
+sys.addaudithook(_watch)  # stays until the process ends
 
 
-def test_requests_with_different_parameters_at_once_are_not_mixed_up(serve: Serve) -> None:
-    pipe = tiny("fill-mask")
-    server = serve(pipe, max_wait_ms=20)
-    text = example("fill-mask", 9)
-
-    def ask(top_k: int) -> int:
-        body = {"inputs": text, "parameters": {"top_k": top_k}}
-        return len(httpx.post(server.url, json=body, timeout=30).json())
-
-    asked = [1 + n % 5 for n in range(40)]
-    with ThreadPoolExecutor(8) as clients:
-        assert list(clients.map(ask, asked)) == asked
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The paths that this process has opened since."""
+    _opened.clear()
+    _watching.set()
+    yield _opened
+    _watching.clear()
 
 
-def test_a_missing_mask_fails_alone_among_its_batch_mates(serve: Serve) -> None:
-    server = serve(tiny("fill-mask"), max_wait_ms=50)
-    texts = ["a [MASK]", "no mask", "b [MASK]"]
-    with ThreadPoolExecutor(3) as clients:
-        answers = list(clients.map(lambda t: httpx.post(server.url, content=t, timeout=30), texts))
-    assert [a.status_code for a in answers] == [200, 422, 200]
-    assert answers[1].json()["error"] == "No mask_token ([MASK]) found on the input"
-    listed = httpx.post(server.url, json={"inputs": texts}, timeout=30)
-    assert listed.status_code == 422
-    assert listed.json()["error"].startswith("inputs[1]: No mask_token")
+@pytest.fixture
+def fetched() -> Iterator[tuple[str, list[str]]]:
+    """An address on this machine with an image, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(image_file())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/canary.png", asked
+        server.shutdown()
+        thread.join()
 
 
-def test_a_real_encoder_from_a_folder(serve: Serve) -> None:
-    server = serve(minilm_folder(), task="feature-extraction", device="cpu")
-    short, long = "a cat", "the quick brown fox jumps over the lazy dog"
-    features = httpx.post(server.url, json={"inputs": [short, long]}, timeout=30).json()
-    assert [len(each[0]) for each in features] == [4, 11], "no rows for padding"
-    assert_same(features[0], server(short))
+def strings(canary: Path, address: str) -> list[Any]:
+    """What a pipeline would open or fetch, in every shape that one takes."""
+    plain = [str(canary), f"file://{canary}", address]
+    shapes: list[Any] = [*plain, [plain[0], plain[2]]]
+    for each in plain:
+        shapes += [{"image": each}, {"image": each, "question": "who?"}, {"text": each, "images": each}]
+        shapes += [{"url": each}, {"path": each}, {"raw": each, "sampling_rate": 16000}, {"video": each}]
+        shapes += [{"role": "user", "content": [{"type": "image", "url": each}]}]
+        shapes += [{"table": {"a": [each]}, "query": each}, {"text": each}, {"array": each}, {"audio": each}]
+    return shapes
 
 
-def test_a_pipeline_that_cannot_batch_starts_only_as_one_by_one(serve: Serve) -> None:
-    import copy
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_served_pipeline_opens_and_fetches_nothing(
+    serve: Serve, task: str, tmp_path: Path, fetched: tuple[str, list[str]], opened: list[str]
+) -> None:
+    address, asked = fetched
+    canary = tmp_path / "canary.png"
+    canary.write_bytes(image_file())
+    server = serve(tiny(task), max_queue_size=1000)
+    for value in strings(canary, address):
+        for body in (value, {"inputs": value, "parameters": PARAMETERS.get(task, {})}):
+            answer = httpx.post(server.url, json=body, timeout=60)
+            assert answer.status_code in (200, 400, 422), (value, answer.text)
+    for name in ("image", "images", "timeout", "tokenizer", "generation_config", "voice_preset", "inputs"):
+        body = {"inputs": "x", "parameters": {**PARAMETERS.get(task, {}), name: str(canary)}}
+        assert httpx.post(server.url, json=body, timeout=60).status_code == 400
+    assert asked == []
+    assert [path for path in opened if "canary" in path] == [str(canary)], (
+        "the one that this test has written"
+    )
 
-    pipe = copy.copy(tiny("text-generation"))
-    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
-    pipe.tokenizer.pad_token = None
-    with pytest.raises(StartError, match=r"no pad token.*pad_token = .*max_batch_size=1"):
-        serve(pipe, max_batch_size=32)
-    server = serve(pipe, max_batch_size=1)
-    parameters = PARAMETERS["text-generation"]
-    assert server("the river", **parameters) == pipe("the river", **parameters)
-    with pytest.raises(ValueError, match="no pad token"):
-        server.tune(max_batch_size=2)
+
+@pytest.mark.parametrize("task", [task for task in REGISTERED if task not in TASKS])
+def test_every_other_pipeline_of_the_library_is_refused_with_the_remedy(task: str) -> None:
+    implementation = PIPELINE_REGISTRY.check_task(task)[1]["impl"]
+    kind = (
+        getattr(transformers, implementation.rpartition(".")[2])
+        if isinstance(implementation, str)
+        else implementation
+    )
+    pipe = kind.__new__(kind)  # most cannot be made without weights: what it is has to be enough
+    pipe.task, pipe.model = task, tiny("fill-mask").model
+    with pytest.raises(
+        StartError, match=f"{task} is not served: .* addresses that clients send.* a function"
+    ):
+        serving_kit.serve(pipe, port=0)
 
 
-def test_the_bundled_model_answers_with_words(serve: Serve) -> None:
-    server = serve(None)
-    assert (server.stats()["model"], server.stats()["task"]) == ("serving-kit-demo", "fill-mask")
-    answer = server("the cat sat on the [MASK].")
-    assert len(answer) == 5
-    assert all(each["token_str"].isalpha() for each in answer)
+def test_a_task_that_is_not_served_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(StartError, match="depth-estimation is not served"):
+        serving_kit.serve("nobody/no-such-model", task="depth-estimation", port=0)
+
+
+def layoutlm() -> Any:
+    config = transformers.LayoutLMConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.LayoutLMForQuestionAnswering(config).eval()
+    return transformers.pipeline(
+        "document-question-answering", model=model, tokenizer=tokenizer(), device="cpu"
+    )
+
+
+def test_a_document_pipeline_without_an_image_processor_is_refused() -> None:
+    pipe = layoutlm()
+    assert pipe.image_processor is None
+    assert pipe.feature_extractor is None
+    with pytest.raises(StartError, match="document-question-answering is not served"):
+        serving_kit.serve(pipe, port=0)
+
+
+class Opening(transformers.Pipeline):
+    """A pipeline of somebody's own that opens what it is given."""
+
+    def _sanitize_parameters(self, **_: Any) -> Any:
+        return {}, {}, {}
+
+    def preprocess(self, inputs: Any, **_: Any) -> Any:
+        return {"text": Path(inputs).read_text()}
+
+    def _forward(self, model_inputs: Any, **_: Any) -> Any:
+        return model_inputs
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> Any:
+        return model_outputs
+
+
+@pytest.mark.parametrize("task", ["my-task", "text-classification"])
+def test_a_pipeline_class_that_is_not_the_librarys_is_refused_whatever_its_task(task: str) -> None:
+    pipe = Opening(model=tiny("text-classification").model, device="cpu", task=task)
+    with pytest.raises(StartError, match=r"is not served: .* that clients send.* a function"):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_a_known_task_name_on_another_pipeline_is_refused() -> None:
+    pipe = copy.copy(layoutlm())
+    pipe.task = "fill-mask"
+    with pytest.raises(StartError, match="DocumentQuestionAnsweringPipeline is no FillMaskPipeline"):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_a_class_derived_from_the_librarys_is_served(serve: Serve) -> None:
+    class Loud(transformers.TextClassificationPipeline):
+        def postprocess(self, *arguments: Any, **more: Any) -> Any:
+            answer = super().postprocess(*arguments, **more)
+            return {**answer, "label": answer["label"].upper()}
+
+    plain = tiny("text-classification")
+    pipe = Loud(model=plain.model, tokenizer=plain.tokenizer, task=plain.task, device="cpu")
+    assert serve(pipe)("it rains")[0]["label"] == plain("it rains")[0]["label"].upper()
+
+
+def test_a_processor_that_takes_images_first_is_refused_for_speech() -> None:
+    """`TextToAudioPipeline` calls `processor(text)`; the library's default processor takes images first."""
+    processor = transformers.CLIPProcessor.__new__(transformers.CLIPProcessor)
+    processor.tokenizer = tokenizer()
+    pipe = text_to_audio()
+    pipe.processor = processor
+    with pytest.raises(StartError, match="takes a string for an image or for sound"):
+        serving_kit.serve(pipe, port=0)
+    melody = transformers.MusicgenMelodyProcessor.__new__(transformers.MusicgenMelodyProcessor)
+    pipe.processor = melody
+    with pytest.raises(StartError, match="takes a string for an image or for sound"):
+        serving_kit.serve(pipe, port=0)
+
+
+def test_the_servable_tasks_are_still_those_of_the_library() -> None:
+    """A new release may rename a pipeline, and its contract would no longer hold."""
+    for task, contract in TASKS.items():
+        assert task in REGISTERED
+        assert hasattr(transformers, contract.pipeline)
+
+
+@pytest.mark.parametrize(
+    ("alias", "task"), [("sentiment-analysis", "text-classification"), ("ner", "token-classification")]
+)
+def test_a_task_by_its_other_name_is_served_as_that_task(serve: Serve, alias: str, task: str) -> None:
+    """A pipeline keeps the name that it was made with."""
+    pipe = copy.copy(tiny(task))
+    pipe.task = alias
+    server = serve(pipe, max_batch_size=4)
+    text = example(task, 8)
+    assert server(text) == serve(tiny(task), name="other")(text)
+    assert httpx.get(f"{server.url}/info").json()["task"] == task
+    assert pipe.task == alias
+
+
+# -- parameters and inputs of a request ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters", "complaint"),
+    [
+        ("fill-mask", {"topk": 3}, "unknown parameter 'topk'; this task takes top_k"),
+        ("fill-mask", {"top_k": 10**9}, "top_k must be a whole number from 1 to 1000, got 1000000000"),
+        ("fill-mask", {"top_k": True}, "top_k must be a whole number"),
+        ("fill-mask", {"targets": ["x"] * 2000}, "targets must be a list of 1 to 1000 strings"),
+        ("fill-mask", {"tokenizer_kwargs": {"padding": True}}, "an object with some of truncation"),
+        ("text-classification", {"function_to_apply": "exp"}, "one of sigmoid, softmax, none"),
+        ("zero-shot-classification", {}, "needs the parameter candidate_labels"),
+        ("zero-shot-classification", {"candidate_labels": ["a"], "hypothesis_template": "no"}, "exactly one"),
+        ("text-generation", {"max_new_tokens": 10**6}, "from 1 to 4096"),
+        ("text-generation", {"tokenizer": "/etc/passwd"}, "unknown parameter"),
+        ("feature-extraction", {"return_tensors": True}, "unknown parameter"),
+        ("zero-shot-classification", {"candidate_labels": ["a"] * 10**6}, "a list of 1 to 100 strings"),
+        ("zero-shot-classification", {"candidate_labels": "a," * 101}, "a list of 1 to 100 strings"),
+        ("token-classification", {"stride": 10**6}, "a whole number from 0 to 128"),
+        ("image-classification", {"timeout": 1}, "unknown parameter"),
+    ],
+)
+def test_parameters_out_of_bounds(task: str, parameters: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(MalformedRequest, match=complaint):
+        build_pipeline_model(tiny(task)).check(["x"], parameters)
+
+
+@pytest.mark.parametrize("value", [1, None, True, ["a"], {"a": 1}, {"text": 1}, {"text_pair": "x"}])
+def test_input_of_the_wrong_type(value: Any) -> None:
+    for task in ("fill-mask", "text-classification"):
+        with pytest.raises(MalformedRequest, match="inputs must be"):
+            build_pipeline_model(tiny(task)).check([value], {})

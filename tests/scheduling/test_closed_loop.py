@@ -1,12 +1,12 @@
-"""Clients that send again as soon as they are answered share batches; all others never wait."""
+"""Clients that send again as soon as they are answered share batches; nothing waits for others."""
 
 import random
 
 import pytest
 
 from serving_kit.records import BatchReason
-from serving_kit.scheduling.closed_loop import Returning
-from tests.simulate import Outcome, simulate
+from serving_kit.scheduling.closed_loop import ClosedLoop
+from tests.support_scheduling import Outcome, simulate
 
 pytestmark = pytest.mark.light
 GPU = {"a": 6e-3, "b": 2e-6}
@@ -15,14 +15,12 @@ CPU = {"a": 4e-3, "b": 60e-6}
 
 def without_waiting(monkeypatch: pytest.MonkeyPatch, **arguments: object) -> Outcome:
     with monkeypatch.context() as patch:
-        patch.setattr(Returning, "worth_waiting", lambda self, call_s: False)
+        patch.setattr(ClosedLoop, "worth_waiting", lambda self, call_s: False)
         return simulate(10, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("clients", "gain"), [(2, 1.35), (4, 1.3), (16, 1.1)])
-def test_clients_in_step_with_the_model_share_its_batches(
-    clients: int, gain: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_in_step_share_batches(clients: int, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     dice = random.Random(5)
     loop = {**GPU, "clients": clients, "turnaround": lambda: dice.uniform(0.0005, 0.002)}
     waits, hurries = simulate(10, **loop), without_waiting(monkeypatch, **loop)  # type: ignore[arg-type]
@@ -32,7 +30,7 @@ def test_clients_in_step_with_the_model_share_its_batches(
 
 @pytest.mark.parametrize("cost", [GPU, CPU], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("clients", [1, 4, 16, 64])
-def test_no_closed_loop_is_slower_for_it(
+def test_no_closed_loop_is_slower(
     clients: int, cost: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loop() -> dict[str, object]:
@@ -57,22 +55,28 @@ def test_independent_arrivals_never_wait(
     assert waits.latencies == hurries.latencies
 
 
-def test_clients_with_time_to_think_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_pause_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = {**GPU, "clients": 8, "turnaround": lambda: 0.030}
     waits, hurries = simulate(10, **loop), without_waiting(monkeypatch, **loop)  # type: ignore[arg-type]
     assert waits.rate > 0.99 * hurries.rate
     assert waits.quantile(0.5) < 1.01 * hurries.quantile(0.5)
 
 
-def test_a_client_that_stops_costs_the_others_one_gap_and_soon_nothing() -> None:
-    returning = Returning()
+def test_clients_that_stop_are_forgotten() -> None:
+    loop = ClosedLoop()
     now = 0.0
     for _ in range(60):
-        returning.batch_ended(now, 2)
-        returning.arrived(now + 0.001, 2)
+        loop.batch_ended(now, 2)
+        loop.arrived(now + 0.001, 2)
         now += 0.010
-    assert returning.worth_waiting(0.006)
+    assert loop.worth_waiting(0.006)
     for _ in range(40):
-        returning.batch_ended(now, 2)
+        loop.batch_ended(now, 2)
         now += 0.010
-    assert not returning.worth_waiting(0.006)
+    assert not loop.worth_waiting(0.006)
+
+
+def test_no_answer_before_the_first_batch() -> None:
+    loop = ClosedLoop()
+    loop.arrived(0.0, 3)
+    assert not loop.worth_waiting(10.0)

@@ -1,7 +1,7 @@
 """More work than the model can do: simulated with the real scheduler, so nothing here sleeps.
 
 A CPU's cost (3 ms a call, 0.15 ms a token), lengths as texts have them, 8 % noise, and an estimate of
-the lengths at the door that is 75 % too high and scatters by a fifth. The numbers in brackets refer to
+the lengths on arrival that is 75 % too high and scatters by a fifth. The numbers in brackets refer to
 the list of invariants that the design asks for.
 """
 
@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving_kit.scheduling.scheduler import Item, Scheduler
+from serving_kit.items import Item
+from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
-from tests.simulate import Outcome, known_cost, lognormal, simulate
+from tests.support_scheduling import Outcome, known_cost, lognormal, run_one, simulate
 
 pytestmark = pytest.mark.light
 
@@ -48,54 +49,40 @@ def peak() -> float:
 
 
 @pytest.mark.parametrize("times", [2, 5, 10])
-def test_an_overload_costs_nobody_but_those_who_are_too_many(times: float, peak: float) -> None:
+def test_goodput_under_overload(times: float, peak: float) -> None:
     run = overloaded(times)
     assert run.rate >= 0.95 * peak
     assert run.share("late", of=("ok", "late")) <= 0.01
     assert run.success_of_the_longest() >= 0.8
-    assert run.share("shed", of=("ok", "late", "shed")) <= 0.01, "who is let in gets an answer"
-    refusals = sorted(end.after for end in run.ends if end.how in ("refused", "shed"))
-    assert refusals[int(0.99 * len(refusals))] <= 0.020, "and who is not let in hears it at once"
+    assert run.share("dropped", of=("ok", "late", "dropped")) <= 0.01, "admitted items are answered"
+    rejected_s = sorted(end.after for end in run.ends if end.how in ("rejected", "dropped"))
+    assert rejected_s[int(0.99 * len(rejected_s))] <= 0.020, "the others are told at once"
 
 
-def test_below_the_knee_everybody_is_answered() -> None:
+def test_below_the_knee() -> None:
     run = overloaded(0.9)
     assert run.share("ok") >= 0.99
     assert run.success_of_the_longest() >= 0.98
 
 
-def test_the_door_learns_how_long_texts_really_are() -> None:
-    scheduler = Scheduler(Settings(max_queue_size=10_000))
-    for _ in range(200):
-        item = Item(0.0, 10.0, 70)
-        scheduler.offer([item], 0.0)
-        scheduler.ready(item, 40, "g")
-    newest = Item(0.0, 10.0, 70)
-    scheduler.offer([newest], 0.0)
-    assert newest.tokens == 40
-    assert scheduler._queued_tokens == 201 * 40
-
-
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
-    forwards=st.floats(3.5, 100),
+    steps=st.floats(3.5, 100),
     a=st.floats(1e-4, 0.02),
     b=st.floats(1e-6, 3e-4),
     most=st.integers(4, 32),
 )
 @settings(deadline=None, max_examples=100)
-def test_admitted_items_are_answered_if_nothing_comes_after(
-    lengths: list[int], forwards: float, a: float, b: float, most: int
-) -> None:
+def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float, b: float, most: int) -> None:
     """[11] Bursts, a cost that is known exactly, texts of which none takes a third of the timeout.
 
     The first ten bursts teach what such texts cost together, and how much time to keep in reserve.
     """
-    timeout = forwards * (a + b * 300)
+    timeout = steps * (a + b * 300)
     scheduler = Scheduler(Settings(max_batch_size=most, timeout_ms=timeout * 1000), known_cost(a, b))
     now, admitted, dropped = 0.0, 0, 0
     for burst in range(30):
-        scheduler._last_finished = now
+        now = run_one(scheduler, now)
         for tokens in lengths:
             item = Item(now, now + timeout, tokens)
             if scheduler.offer([item], now) is None:
@@ -106,12 +93,14 @@ def test_admitted_items_are_answered_if_nothing_comes_after(
             dropped += len(decision.dropped) * (burst >= 10)
             if decision.batch is not None:
                 now += a + b * decision.batch.padded_tokens
-                trusted = scheduler.cost.trusted  # else the watchdog has just given it up
+                trusted = scheduler.cost.trusted  # else it has just been released
                 scheduler.finished(now, ok=True)
                 assert not trusted or all(each.deadline >= now for each in decision.batch.items)
             elif decision.wake_at is not None:
                 now = decision.wake_at
-    assert dropped <= 0.05 * admitted + 1
+    # The reserve is learned from drops: 6 of them take it from its first value to its bound, and in small
+    # samples they count.
+    assert dropped <= 0.05 * admitted + 6
 
 
 @given(
@@ -120,8 +109,8 @@ def test_admitted_items_are_answered_if_nothing_comes_after(
     young=st.lists(st.integers(1, 300), max_size=60),
 )
 @settings(deadline=None)
-def test_nobody_starves(lengths: list[int], most: int, young: list[int]) -> None:
-    """[7] With p older items ahead an item is in one of the next p + 1 batches, whoever comes after."""
+def test_no_item_starves(lengths: list[int], most: int, young: list[int]) -> None:
+    """[7] With p older items ahead an item is in one of the next p + 1 batches, whatever comes after."""
     scheduler = Scheduler(Settings(max_batch_size=most, max_queue_size=1000), known_cost(A, B))
     for tokens in lengths:
         item = Item(0.0, 1e6, tokens)
@@ -142,7 +131,7 @@ def test_nobody_starves(lengths: list[int], most: int, young: list[int]) -> None
     assert last.started is not None
 
 
-def test_the_same_code_finds_small_batches_on_a_cpu_and_big_ones_on_a_gpu() -> None:
+def test_batch_sizes_of_cpu_and_gpu() -> None:
     """Only the learned cost differs: on the GPU a call costs as much as thousands of tokens."""
 
     def mean_size(a: float, b: float) -> float:

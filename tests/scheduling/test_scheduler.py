@@ -3,8 +3,9 @@
 Numbers in brackets refer to the list of invariants that the design asks for.
 """
 
+from __future__ import annotations
+
 import itertools
-import math
 from collections import Counter
 
 import pytest
@@ -12,24 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from serving_kit.items import Drop, Item, ItemState
 from serving_kit.records import BatchReason
+from serving_kit.scheduling.admission import Rejected, step_limit_s
 from serving_kit.scheduling.cost import CostModel
-from serving_kit.scheduling.scheduler import (
-    Batch,
-    Drop,
-    Item,
-    Refusal,
-    Scheduler,
-    State,
-    cheapest_cuts,
-    fifo_prefix,
-    group_by_length,
-)
+from serving_kit.scheduling.scheduler import Batch, Scheduler
 from serving_kit.settings import Settings
+from tests.support_scheduling import item
 
 pytestmark = pytest.mark.light
 
 A, B = 0.004, 60e-6  # seconds per call and per padded token, as on a CPU
+LONGEST_GAP_S = 0.02  # that closed-loop clients are waited for after a step
 
 
 def true_cost(batch: Batch) -> float:
@@ -43,12 +38,8 @@ def taught(a: float = A, b: float = B) -> CostModel:
     return cost
 
 
-def item(arrived: float = 0.0, tokens: int = 10, *, timeout: float = 10.0, group: object = "g") -> Item:
-    return Item(arrived, arrived + timeout, tokens, group=group)
-
-
 class History(RuleBasedStateMachine):
-    """Clients, a model that takes exactly its true cost, and somebody at the knobs."""
+    """Clients, a model that takes exactly its true cost, items of several steps, settings that change."""
 
     exact_cost = False
 
@@ -58,33 +49,39 @@ class History(RuleBasedStateMachine):
         self.knobs = Settings(timeout_ms=2000, max_queue_size=20, max_batch_size=4)
         self.scheduler = Scheduler(self.knobs, taught() if self.exact_cost else CostModel())
         self.items: list[Item] = []
+        self.steps_left: dict[int, int] = {}
         self.outcome: dict[int, str] = {}
-        self.seen_running: Counter[int] = Counter()
+        self.steps_seen: Counter[int] = Counter()
+        self.going_on: list[Item] = []  # have run, and have not ended
         self.running: Batch | None = None
         self.wake_at: float | None = None
         self.last_start = 0.0
-        self.shed = 0
+        self.last_finished: float | None = None
 
     # -- what can happen ---------------------------------------------------------------------------
 
     @rule(
         tokens=st.lists(st.integers(1, 300), min_size=1, max_size=6),
         timeout=st.floats(0.001, 3.0),
-        group=st.sampled_from(["g", "h"]),
+        key=st.sampled_from(["g", "h"]),
         late=st.floats(0, 0.05),
         prepare=st.booleans(),
+        steps=st.sampled_from([1, 1, 1, 2, 3, 6]),
     )
-    def arrive(self, tokens: list[int], timeout: float, group: str, late: float, prepare: bool) -> None:
+    def arrive(
+        self, tokens: list[int], timeout: float, key: str, late: float, prepare: bool, steps: int
+    ) -> None:
         new = [Item(self.now - late, self.now - late + timeout, n) for n in tokens]
-        refusal = self.scheduler.offer(new, self.now)
+        rejected = self.scheduler.offer(new, self.now)
         self.items += new
-        if refusal is not None:
-            assert refusal.retry_after is None or refusal.retry_after >= 0
+        self.steps_left |= {id(each): steps for each in new}
+        if rejected is not None:
+            assert rejected.retry_after_s is None or rejected.retry_after_s >= 0
             for each in new:
-                self.end(each, "shed")
+                self.end(each, "rejected")
         elif prepare:
             for each, n in zip(new, tokens, strict=True):
-                self.scheduler.ready(each, n, group)
+                self.scheduler.ready(each, n, key)
         self.poll()
 
     @rule(data=st.data())
@@ -92,9 +89,10 @@ class History(RuleBasedStateMachine):
         alive = [i for i in self.items if id(i) not in self.outcome]
         if alive:
             gone = data.draw(st.sampled_from(alive))
-            was = gone.state
+            in_step = self.running is not None and gone in self.running.items
             assert self.scheduler.cancel(gone)
-            assert gone.state is (State.DONE if was is State.WAITING else State.RUNNING)
+            assert gone.state is (ItemState.RUNNING if in_step else ItemState.DONE)
+            assert self.scheduler.cancel(gone) is in_step, "it may be said twice"
             self.end(gone, "cancelled")
         self.poll()
 
@@ -108,15 +106,25 @@ class History(RuleBasedStateMachine):
         self.poll()
 
     @precondition(lambda self: self.running is not None)
-    @rule(ok=st.booleans() | st.just(True))
-    def batch_ends(self, ok: bool) -> None:
+    @rule(ok=st.booleans() | st.just(True), tokens=st.sampled_from([1, 1, 8]), stream=st.booleans())
+    def step_ends(self, ok: bool, tokens: int, stream: bool) -> None:
         assert self.running is not None
         self.now = max(self.now, self.last_start + true_cost(self.running))
+        continuing = []
         for each in self.running.items:
-            if id(each) not in self.outcome:
+            self.steps_left[id(each)] -= 1
+            if ok and self.steps_left[id(each)] > 0:
+                continuing.append(each)
+                each.tokens = tokens
+                each.deadline += 3.0 * stream
+            elif id(each) not in self.outcome:
                 self.end(each, "ok" if ok else "failed")
-        self.scheduler.finished(self.now, ok=ok)
-        self.running = None
+        self.scheduler.finished(self.now, ok=ok, continuing=continuing)
+        self.going_on = [
+            *(each for each in self.going_on if each not in self.running.items),
+            *(each for each in continuing if id(each) not in self.outcome),
+        ]
+        self.running, self.last_finished = None, self.now
         self.poll()
 
     @rule(
@@ -148,84 +156,128 @@ class History(RuleBasedStateMachine):
     def end(self, each: Item, how: str) -> None:
         assert id(each) not in self.outcome, "two outcomes for one item [1]"
         self.outcome[id(each)] = how
+        self.going_on = [other for other in self.going_on if other is not each]
 
     def prepare_all(self) -> None:
         while fresh := self.scheduler.unprepared():
             for each in fresh:
                 self.scheduler.ready(each, each.tokens, "g")
 
+    def waiting(self) -> list[Item]:
+        """Items that wait, in order of arrival."""
+        waiting = [each for each in self.items if each.state is ItemState.WAITING]
+        return sorted((i for i in waiting if id(i) not in self.outcome), key=lambda i: i.arrived)
+
     def poll(self) -> None:
         self.prepare_all()
-        queue = list(self.scheduler._queue)
+        queue = self.waiting()
         knobs, budget = self.scheduler.settings, self.scheduler.token_budget()
         decision = self.scheduler.poll(self.now)
         self.wake_at = decision.wake_at
         for each, why in decision.dropped:
             assert why is Drop.HOPELESS or each.deadline <= self.now
-            self.end(each, "expired" if why is Drop.EXPIRED else "shed")
+            self.end(each, "expired" if why is Drop.EXPIRED else "dropped")
         if self.running is not None:
-            assert decision.batch is None, "a batch was cut while the model was busy"
+            assert decision.batch is None, "a batch was chosen while the model was busy"
             assert not decision.dropped
             return
-        alive = [i for i in queue if i.state is not State.DONE]
+        alive = [i for i in queue if i.state is not ItemState.DONE]
         if decision.batch is None:
+            assert not self.going_on, "items that go on wait for nothing"
             self.check_wait(alive, knobs)
+            return
+        self.check_items(decision.batch)
+        if self.going_on:
+            self.check_continued(decision.batch, alive, knobs, budget)
         else:
-            self.check_batch(decision.batch, alive, knobs, budget)
-            self.running, self.last_start = decision.batch, self.now
+            self.check_first(decision.batch, alive, knobs, budget)
+        self.running, self.last_start = decision.batch, self.now
 
     def check_wait(self, alive: list[Item], knobs: Settings) -> None:
         if not alive:
-            assert self.wake_at is None, "[17] nothing waits, so nobody may be woken"
+            assert self.wake_at is None, "[17] nothing waits, so nothing may wake the thread"
             return
-        assert self.wake_at is not None, "[3] work waits and nobody will be woken for it"
+        assert self.wake_at is not None, "[3] items wait and nothing will wake the thread"
         assert self.wake_at > self.now
-        oldest, scheduler = min(alive, key=lambda i: i.arrived), self.scheduler
+        oldest = min(alive, key=lambda i: i.arrived)
         latest = oldest.arrived + knobs.max_wait_s
-        if scheduler._lingers():  # a moment for those who were just answered: nothing restarts it either
-            latest = max(latest, (scheduler._last_finished or 0) + scheduler._returning.gap)
+        if self.last_finished is not None:  # closed-loop clients: nothing restarts that wait either
+            latest = max(latest, self.last_finished + LONGEST_GAP_S)
         else:
             assert knobs.max_wait_ms > 0, "[3] an idle model must start at once"
         assert self.wake_at <= latest + 1e-9, "[4] one deadline, never restarted"
 
-    def check_batch(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
+    def check_items(self, batch: Batch) -> None:
+        """What holds for every step."""
+        assert len({i.key for i in batch.items}) == 1, "[13] other parameters, other step"
+        assert len(set(batch.items)) == len(batch.items), "[2] an item is in a step once"
+        for each in batch.items:
+            self.steps_seen[id(each)] += 1
+            assert each in self.going_on or self.steps_seen[id(each)] == 1, "[2] no item starts twice"
+            assert each.state is ItemState.RUNNING
+            assert each.deadline > self.now, "[5] expired items are in no step"
+            assert id(each) not in self.outcome, "[5] neither are items that have ended"
+            assert (each.started == self.now) or each in self.going_on
+        assert isinstance(batch.reason, BatchReason)
+        assert batch.left_waiting == self.scheduler.queue_depth
+
+    def check_first(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
+        """A step of an idle model."""
         items = batch.items
         assert 1 <= len(items) <= knobs.max_batch_size, "[2]"
         assert len(items) == 1 or batch.padded_tokens <= budget, "[2]"
-        assert alive[0] in items, "[7] the oldest live item is in every batch"
-        assert len({i.group for i in items}) == 1, "[13] other parameters, other batch"
-        for each in items:
-            self.seen_running[id(each)] += 1
-            assert self.seen_running[id(each)] == 1, "[2] no item runs twice"
-            assert each.deadline > self.now, "[5] expired items never start"
-            assert id(each) not in self.outcome, "[5] neither do items that have ended"
-        left = [i for i in alive if i not in items and i.group == items[0].group]
+        assert alive[0] in items, "[7] the oldest live item is in it"
+        left = [i for i in alive if i not in items and i.key == items[0].key]
         for young, old in itertools.product(items, left):
             alike = young.tokens == old.tokens
             hasty = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens)
             overtaken = alike and old.arrived < young.arrived
             assert not overtaken or hasty, "[8] equals: first come, first served"
-        assert isinstance(batch.reason, BatchReason)
+
+    def check_continued(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
+        """A step of items that go on, and of those that join them."""
+        oldest_first = sorted(self.going_on, key=lambda i: i.arrived)
+        assert set(oldest_first[: knobs.max_batch_size]) <= set(batch.items), "they are in every step"
+        assert batch.reason is BatchReason.CONTINUED
+        assert len(batch.items) <= knobs.max_batch_size, "[2]"
+        joined = [i for i in batch.items if i not in self.going_on]
+        if not joined:
+            return
+        assert batch.padded_tokens <= budget, "[2]"
+        assert alive[0].key == batch.items[0].key, "[7] the oldest has another key: it is its turn next"
+        left = [i for i in alive if i not in joined]
+        for young, old in itertools.product(joined, left):
+            hasty = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens + 8 * 300)
+            assert old.arrived >= young.arrived or hasty, "[7] they join in order of arrival"
 
     @invariant()
     def every_item_is_somewhere(self) -> None:
         """[1, 12] Offered = ended + inside, and the queue stays in its bounds."""
-        ended = len(self.outcome)
-        heard = sum(id(i) not in self.outcome for i in self.running.items) if self.running else 0
-        assert len(self.items) == ended + self.scheduler.queue_depth + heard
-        assert self.scheduler._queued_tokens == sum(i.tokens for i in self.scheduler._queue)
+        running = self.running.items if self.running else ()
+        first = [i for i in running if i not in self.going_on and id(i) not in self.outcome]
+        assert len(self.items) == len(self.outcome) + self.scheduler.queue_depth + len(self.going_on) + len(
+            first
+        )
+        inside = {*running, *self.going_on, *self.waiting()}
+        assert self.scheduler.in_flight == len(inside)
+        if self.running is None and self.scheduler.cost.observations:
+            waiting, knobs = self.waiting(), self.scheduler.settings
+            tokens = sum(i.tokens for i in waiting)
+            expected_s = self.scheduler.cost.drain(
+                len(waiting), tokens, knobs.max_batch_size, step_limit_s(knobs)
+            )
+            assert self.scheduler.drain_s(self.now) == pytest.approx(expected_s)
 
     def teardown(self) -> None:
         """[15] After a drain nothing is left, and nothing new gets in."""
         self.scheduler.draining = True
         self.poll()
-        assert isinstance(self.scheduler.offer([item(self.now)], self.now), Refusal)
-        for _ in range(100):
+        assert isinstance(self.scheduler.offer([item(self.now)], self.now), Rejected)
+        for _ in range(1000):
             if self.running is None:
                 break
-            self.batch_ends(ok=True)
+            self.step_ends(ok=True, tokens=1, stream=True)
         assert self.scheduler.queue_depth == self.scheduler.in_flight == 0
-        assert self.scheduler._queued_tokens == 0
         assert len(self.outcome) == len(self.items)
 
 
@@ -234,80 +286,20 @@ class HistoryOfKnownCost(History):
 
     exact_cost = True
 
-    def check_batch(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
-        super().check_batch(batch, alive, knobs, budget)
-        probing = self.scheduler._last_finished is None or (
-            self.now - self.scheduler._last_finished > knobs.timeout_s
-        )
-        if knobs.drop_hopeless and not probing:
+    def check_items(self, batch: Batch) -> None:
+        super().check_items(batch)
+        knobs = self.scheduler.settings
+        stale = self.last_finished is None or self.now - self.last_finished > knobs.timeout_s
+        if knobs.drop_hopeless and not stale:
             for each in batch.items:
-                assert each.deadline >= self.now + true_cost(batch) - 1e-9
+                in_time = each.deadline >= self.now + true_cost(batch) - 1e-9
+                assert in_time or each in self.going_on
 
 
 TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestHistoryOfKnownCost = HistoryOfKnownCost.TestCase
 TestHistoryOfKnownCost.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-
-
-# -- the door --------------------------------------------------------------------------------------
-
-
-@given(
-    queued=st.lists(st.integers(1, 500), max_size=30),
-    more=st.integers(1, 500),
-    tokens=st.tuples(st.integers(1, 500), st.integers(1, 500)),
-    timeout=st.floats(0.01, 2.0),
-    less=st.floats(0.1, 1.0),
-    cap=st.integers(1, 40),
-)
-def test_more_work_or_less_time_never_turns_a_refusal_into_an_admission(
-    queued: list[int], more: int, tokens: tuple[int, int], timeout: float, less: float, cap: int
-) -> None:
-    """[10] And the item's own length does not matter."""
-
-    def admits(queue: list[int], length: int, time: float) -> bool:
-        scheduler = Scheduler(Settings(max_queue_size=cap, timeout_ms=2000), taught())
-        scheduler._last_finished = 99.9  # the cost is fresh, so it may refuse by it
-        for n in queue:
-            if scheduler.queue_depth < cap:
-                scheduler._queue.append(item(99.0, n, timeout=60))
-                scheduler._queued_tokens += n
-        return scheduler.offer([item(100.0, length, timeout=time)], 100.0) is None
-
-    if not admits(queued, tokens[0], timeout):
-        assert not admits([*queued, more], tokens[0], timeout)
-        assert not admits(queued, tokens[0], timeout * less)
-    assert admits(queued, tokens[0], timeout) == admits(queued, tokens[1], timeout)
-
-
-def test_a_request_is_admitted_whole_or_not_at_all() -> None:
-    scheduler = Scheduler(Settings(max_queue_size=3))
-    assert scheduler.offer([item(), item()], 0.0) is None
-    refusal = scheduler.offer([item(), item()], 0.0)
-    assert refusal is not None
-    assert refusal.reason == "the queue is full"
-    assert refusal.retry_after is None, "nothing was measured, so nothing is promised"
-    assert scheduler.queue_depth == 2
-
-
-def test_the_time_to_try_again_is_the_measured_time_to_drain() -> None:
-    scheduler = Scheduler(Settings(max_queue_size=2), taught(a=0.0, b=0.01))
-    scheduler.offer([item(tokens=100), item(tokens=100)], 0.0)
-    refusal = scheduler.offer([item()], 0.0)
-    assert refusal is not None
-    assert refusal.retry_after == pytest.approx(2.0, rel=0.1)
-
-
-def test_a_server_that_was_slow_for_a_while_finds_out_that_it_is_fast_again() -> None:
-    """A belief that nothing can be in time must not outlive the timeout, or nothing ever runs."""
-    scheduler = Scheduler(Settings(timeout_ms=1000), taught(a=5.0, b=0.0))
-    scheduler._last_finished = 100.0
-    hopeless = item(100.1, timeout=1.0)
-    assert scheduler.offer([hopeless], 100.1) is None
-    assert scheduler.poll(100.1).dropped == ((hopeless, Drop.HOPELESS),)
-    assert scheduler.offer([item(101.5, timeout=1.0)], 101.5) is None
-    assert scheduler.poll(101.5).batch is not None
 
 
 # -- the batch --------------------------------------------------------------------------------------
@@ -338,8 +330,8 @@ def test_the_batch_grows_while_the_model_is_busy() -> None:
     assert (len(batch.items), batch.reason, batch.left_waiting) == (3, BatchReason.FULL, 1)
 
 
-def test_an_adversary_with_one_more_item_every_moment_cannot_restart_the_deadline() -> None:
-    """[4] The bug of the ancestor: its timer starts again at every item."""
+def test_arrivals_do_not_restart_the_wait() -> None:
+    """[4]"""
     scheduler = Scheduler(Settings(max_wait_ms=10, max_batch_size=100))
     start, now = 7.0, 7.0
     while True:
@@ -359,13 +351,13 @@ def test_a_full_batch_does_not_wait() -> None:
     assert run(scheduler, 0.0).reason is BatchReason.FULL
 
 
-def test_a_batch_without_room_for_another_token_does_not_wait() -> None:
+def test_no_tokens_left_does_not_wait() -> None:
     scheduler = Scheduler(Settings(max_wait_ms=1000, max_batch_tokens=25))
     scheduler.offer([item(0.0, 10), item(0.0, 10)], 0.0)
     assert run(scheduler, 0.0).reason is BatchReason.BUDGET
 
 
-def test_waiting_for_company_never_costs_an_item_its_deadline() -> None:
+def test_wait_ends_before_the_deadline() -> None:
     scheduler = Scheduler(Settings(max_wait_ms=5000))
     scheduler.offer([item(0.0, timeout=1.0)], 0.0)
     wake_at = scheduler.poll(0.0).wake_at
@@ -374,20 +366,20 @@ def test_waiting_for_company_never_costs_an_item_its_deadline() -> None:
     assert run(scheduler, wake_at).items[0].deadline > wake_at
 
 
-def test_an_item_that_is_bigger_than_the_budget_runs_alone() -> None:
+def test_item_above_the_budget_runs_alone() -> None:
     scheduler = Scheduler(Settings(max_batch_tokens=5))
     scheduler.offer([item(0.0, 50), item(0.0, 2)], 0.0)
     assert [i.tokens for i in run(scheduler, 0.0).items] == [50]
 
 
-def test_a_drain_does_not_wait_for_company() -> None:
+def test_drain_does_not_wait() -> None:
     scheduler = Scheduler(Settings(max_wait_ms=5000))
     scheduler.offer([item(0.0)], 0.0)
     scheduler.draining = True
     assert run(scheduler, 0.0).reason is BatchReason.DRAIN
 
 
-def test_unlike_lengths_wait_for_their_like_but_the_oldest_never_waits() -> None:
+def test_like_lengths_with_the_oldest() -> None:
     scheduler = Scheduler(Settings(), taught())
     lengths = [8, 400, 9, 380, 10, 7]
     scheduler.offer([item(t / 1000, n) for t, n in enumerate(lengths)], 0.01)
@@ -396,24 +388,24 @@ def test_unlike_lengths_wait_for_their_like_but_the_oldest_never_waits() -> None
     assert sorted(i.tokens for i in run(scheduler, 0.02).items) == [380, 400]
 
 
-def test_without_grouping_it_is_plain_first_in_first_out() -> None:
+def test_without_grouping_it_is_fifo() -> None:
     scheduler = Scheduler(Settings(group_by_length=False, max_batch_size=3), taught())
     scheduler.offer([item(t / 1000, n) for t, n in enumerate([8, 400, 9, 380])], 0.01)
     assert [i.tokens for i in run(scheduler, 0.01).items] == [8, 400, 9]
 
 
-def test_other_parameters_never_share_a_batch() -> None:
+def test_other_parameters_other_batch() -> None:
     """[13]"""
     scheduler = Scheduler(Settings())
-    scheduler.offer([item(t / 10, group=g) for t, g in enumerate("ababb")], 1.0)
-    assert {i.group for i in run(scheduler, 1.0).items} == {"a"}
+    scheduler.offer([item(t / 10, key=g) for t, g in enumerate("ababb")], 1.0)
+    assert {i.key for i in run(scheduler, 1.0).items} == {"a"}
     scheduler.finished(1.1, ok=True)
-    assert [i.group for i in run(scheduler, 1.1).items] == ["b", "b", "b"]
+    assert [i.key for i in run(scheduler, 1.1).items] == ["b", "b", "b"]
 
 
-def test_a_flood_of_unprepared_items_does_not_keep_the_model_from_running() -> None:
+def test_flood_of_unprepared_items() -> None:
     scheduler = Scheduler(Settings(max_batch_size=4, max_queue_size=10_000))
-    scheduler.offer([item(t, group=None, timeout=1e4) for t in range(5000)], 5000.0)
+    scheduler.offer([item(t, key=None, timeout=1e4) for t in range(5000)], 5000.0)
     fresh = scheduler.unprepared()
     assert 4 <= len(fresh) <= 200
     for each in fresh:
@@ -421,143 +413,138 @@ def test_a_flood_of_unprepared_items_does_not_keep_the_model_from_running() -> N
     assert not scheduler.unprepared()
 
 
-def test_eviction_takes_everything_out() -> None:
+def test_eviction() -> None:
     scheduler = Scheduler(Settings(max_batch_size=1))
     scheduler.offer([item(0.0), item(0.1)], 0.1)
     run(scheduler, 0.1)
     assert len(scheduler.evict()) == 2
     assert scheduler.in_flight == 0
-    scheduler.finished(0.2, ok=True)  # the stuck forward came back after all: no effect
+    scheduler.finished(0.2, ok=True)  # the stuck step has returned after all: no effect
     assert scheduler.in_flight == 0
 
 
-# -- grouping -----------------------------------------------------------------------------------------
+# -- items that go on ----------------------------------------------------------------------------------
 
 
-def cost_of(batches: list[list[int]], a: float, b: float) -> float:
-    return sum(a + b * len(batch) * max(batch) for batch in batches)
+def continued(scheduler: Scheduler, batch: Batch, now: float, tokens: int = 1) -> None:
+    """Every item of the batch goes on."""
+    for each in batch.items:
+        each.tokens = tokens
+    scheduler.finished(now, ok=True, continuing=batch.items)
 
 
-def partitions(lengths: list[int]) -> list[list[list[int]]]:
-    """All ways to put a handful of items into batches."""
-    if not lengths:
-        return [[]]
-    first, *rest = lengths
-    found = []
-    for partition in partitions(rest):
-        found.append([[first], *partition])
-        found += [[*partition[:i], [first, *batch], *partition[i + 1 :]] for i, batch in enumerate(partition)]
-    return found
+def test_joining_in_order_of_arrival() -> None:
+    scheduler = Scheduler(Settings(max_batch_size=3))
+    scheduler.offer([item(0.0)], 0.0)
+    continued(scheduler, run(scheduler, 0.0), 0.1)
+    scheduler.offer([item(0.1, 300), item(0.1, 2), item(0.1, 3)], 0.1)
+    batch = run(scheduler, 0.1)
+    assert [i.tokens for i in batch.items] == [1, 300, 2]
+    assert (batch.reason, batch.left_waiting) == (BatchReason.CONTINUED, 1)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=7),
-    most=st.integers(1, 7),
-    budget=st.integers(1, 400),
-    ratio=st.floats(0.1, 300),
-)
-@settings(deadline=None, max_examples=150)
-def test_the_cuts_are_the_cheapest_of_all(lengths: list[int], most: int, budget: int, ratio: float) -> None:
-    """[9] Dynamic programming equals brute force over every partition."""
-    lengths.sort()
-    cuts = cheapest_cuts(lengths, most, budget, ratio, 1.0)
-    end, mine = len(lengths), []
-    while end:
-        mine.append(lengths[end - cuts[end] : end])
-        end -= cuts[end]
-
-    def allowed(batch: list[int]) -> bool:
-        return len(batch) <= most and (len(batch) == 1 or len(batch) * max(batch) <= budget)
-
-    assert all(map(allowed, mine))
-    best = min(cost_of(p, ratio, 1.0) for p in partitions(lengths) if all(map(allowed, p)))
-    assert cost_of(mine, ratio, 1.0) == pytest.approx(best)
+def test_joining_within_the_budget() -> None:
+    """The first that does not fit keeps its place."""
+    scheduler = Scheduler(Settings(max_batch_tokens=30))
+    scheduler.offer([item(0.0)], 0.0)
+    continued(scheduler, run(scheduler, 0.0), 0.1)
+    scheduler.offer([item(0.1, 20), item(0.2, 2)], 0.2)
+    assert len(run(scheduler, 0.2).items) == 1
+    scheduler.finished(0.3, ok=True)
+    assert run(scheduler, 0.3).items[0].tokens == 20
 
 
-@given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
-    most=st.integers(1, 10),
-    budget=st.integers(1, 2000),
-)
-def test_grouping_a_frozen_queue_never_takes_longer_than_fifo(
-    lengths: list[int], most: int, budget: int
-) -> None:
-    """[9]"""
-
-    def total(grouped: bool) -> float:
-        queue = [item(t, n) for t, n in enumerate(lengths)]
-        seconds = 0.0
-        while queue:
-            batch = fifo_prefix(queue, most, budget)
-            if grouped:
-                batch = group_by_length(queue, most, budget, A, B)
-            assert queue[0] in batch
-            seconds += A + B * len(batch) * max(i.tokens for i in batch)
-            queue = [i for i in queue if i not in batch]
-        return seconds
-
-    assert total(grouped=True) <= total(grouped=False) * (1 + 1e-9)
+def test_no_wait_while_items_go_on() -> None:
+    scheduler = Scheduler(Settings(max_wait_ms=5000, max_batch_size=2))
+    scheduler.offer([item(0.0), item(0.0)], 0.0)
+    continued(scheduler, run(scheduler, 0.0), 0.1)
+    assert len(run(scheduler, 0.1).items) == 2
 
 
-@given(lengths=st.lists(st.sampled_from([5, 5, 5, 80]), min_size=2, max_size=30), most=st.integers(1, 6))
-def test_equal_lengths_leave_in_order_of_arrival(lengths: list[int], most: int) -> None:
-    """[8]"""
-    queue = [item(t, n) for t, n in enumerate(lengths)]
-    batch = group_by_length(queue, most, 10_000, A, B)
-    for young in batch:
-        for old in queue:
-            assert old in batch or old.tokens != young.tokens or old.arrived > young.arrived
+def test_fewer_sequences_than_go_on() -> None:
+    """After `max_batch_size` was lowered the oldest go on, and the others resume after them."""
+    scheduler = Scheduler(Settings(max_batch_size=4))
+    scheduler.offer([item(t / 10) for t in range(4)], 0.4)
+    continued(scheduler, run(scheduler, 0.4), 0.5)
+    scheduler.settings = Settings(max_batch_size=1)
+    first = run(scheduler, 0.5)
+    assert [i.arrived for i in first.items] == [0.0]
+    assert scheduler.in_flight == 4
+    scheduler.offer([item(0.55)], 0.55)
+    scheduler.finished(0.6, ok=True)
+    scheduler.settings = Settings(max_batch_size=3)
+    assert [i.arrived for i in run(scheduler, 0.6).items] == [0.1, 0.2, 0.3]
 
 
-# -- the cost -----------------------------------------------------------------------------------------
+def test_oldest_of_another_key_gets_its_turn() -> None:
+    """[7] However many of the running key arrive after it, it starts once those that run have ended."""
+    scheduler = Scheduler(Settings(max_batch_size=2, max_queue_size=1000))
+    scheduler.offer([item(0.0, timeout=1e6)], 0.0)
+    batch, steps_left = run(scheduler, 0.0), Counter[int]()
+    other = item(0.05, key="h", timeout=1e6)
+    scheduler.offer([other], 0.05)
+    now = 0.1
+    for _ in range(100):
+        if other in batch.items:
+            break
+        for each in batch.items:
+            steps_left[id(each)] -= 1
+        scheduler.offer([item(now, timeout=1e6)], now)
+        scheduler.finished(now, ok=True, continuing=[i for i in batch.items if steps_left[id(i)] > -5])
+        batch = run(scheduler, now)
+        now += 0.1
+    assert other in batch.items
+    assert now < 1.0
 
 
-@given(a=st.floats(1e-4, 0.1), b=st.floats(1e-7, 1e-3), seed=st.integers(0, 5))
+def test_joining_costs_no_deadline() -> None:
+    """A long item does not join a step that another new item needs to be short."""
+    scheduler = Scheduler(Settings(timeout_ms=1000, max_batch_tokens=10_000), taught(a=0.01, b=0.001))
+    scheduler.offer([item(0.0)], 0.0)
+    continued(scheduler, run(scheduler, 0.0), 0.02)
+    hasty, long = item(0.02, 10, timeout=0.1), item(0.03, 300)
+    scheduler.offer([hasty], 0.02)
+    scheduler.offer([long], 0.03)
+    assert long not in run(scheduler, 0.03).items
+
+
+def test_expired_between_steps() -> None:
+    scheduler = Scheduler(Settings())
+    (one,) = items = [item(0.0, timeout=1.0)]
+    scheduler.offer(items, 0.0)
+    continued(scheduler, run(scheduler, 0.0), 0.1)
+    decision = scheduler.poll(1.0)
+    assert decision.dropped == ((one, Drop.EXPIRED),)
+    assert decision.batch is None
+    assert scheduler.in_flight == 0
+
+
+def test_failed_step_keeps_who_goes_on() -> None:
+    """A part of it was run again and goes on; the rest has failed."""
+    scheduler = Scheduler(Settings())
+    scheduler.offer([item(0.0), item(0.1)], 0.1)
+    batch = run(scheduler, 0.1)
+    scheduler.finished(0.2, ok=False, continuing=batch.items[:1])
+    assert batch.items[1].state is ItemState.DONE
+    assert run(scheduler, 0.2).items == batch.items[:1]
+
+
+def test_eviction_of_items_that_go_on() -> None:
+    scheduler = Scheduler(Settings(max_batch_size=1))
+    scheduler.offer([item(0.0), item(0.1)], 0.1)
+    continued(scheduler, run(scheduler, 0.1), 0.2)
+    assert len(scheduler.evict()) == 2
+    assert scheduler.in_flight == 0
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=20), st.integers(1, 2000))
 @settings(deadline=None)
-def test_the_cost_is_learned_from_noisy_batches(a: float, b: float, seed: int) -> None:
-    import random
-
-    dice = random.Random(seed)
-    cost = CostModel()
-    for _ in range(200):
-        x = dice.randint(4, 3000)
-        hiccup = 2.0 if dice.random() < 0.005 else 1.0
-        cost.observe(x, (a + b * x) * dice.gauss(1, 0.05) * hiccup)
-    for x in (50, 500, 2500):
-        assert cost.seconds(x) == pytest.approx(a + b * x, rel=0.25)
-        assert cost.high(x) >= cost.seconds(x)
-    if cost.b > 0:  # else a token costs less than the noise would show, and there is no bound
-        limit = cost.high(1000)
-        budget = cost.budget(limit)
-        assert budget >= 950, "a batch that is known to fit is allowed"
-        assert a + b * budget <= 2 * limit, "what is hoped for is at most twice as slow as asked"
-
-
-def test_nothing_is_refused_by_a_cost_that_nobody_knows() -> None:
-    cost = CostModel()
-    assert (cost.known, cost.high(1e6), cost.budget(0.001)) == (False, 0.0, 100_000_000)
-
-
-def test_a_server_that_becomes_twice_as_slow_is_believed_within_a_few_batches() -> None:
-    cost = taught()
-    for _ in range(8):
-        cost.observe(500, 2 * (A + B * 500))
-    assert cost.seconds(500) == pytest.approx(2 * (A + B * 500), rel=0.2)
-
-
-@pytest.mark.parametrize("x", [1, 500])
-def test_batches_of_one_size_give_a_usable_estimate(x: int) -> None:
-    cost = CostModel()
-    for _ in range(5):
-        cost.observe(x, 0.03)
-    assert cost.seconds(x) == pytest.approx(0.03, rel=0.05)
-    assert cost.a > 0
-    assert cost.b > 0
-
-
-def test_impossible_observations_are_ignored() -> None:
-    cost = CostModel()
-    cost.observe(10, 0.0)
-    cost.observe(0, 1.0)
-    assert cost.observations == 0
-    assert math.isfinite(cost.seconds(100))
+def test_cost_of_continued_steps(lengths: list[int], budget: int) -> None:
+    """They teach nothing: their duration depends on what is in the caches."""
+    scheduler = Scheduler(Settings(max_batch_tokens=budget))
+    scheduler.offer([item(0.0, n) for n in lengths], 0.0)
+    batch = run(scheduler, 0.0)
+    continued(scheduler, batch, 1.0)
+    batch = run(scheduler, 1.0)
+    scheduler.finished(2.0, ok=True)
+    assert scheduler.cost.observations == 0

@@ -1,0 +1,69 @@
+"""One input of a request, as the scheduler, the recovery and the engine see it.
+
+Not here: what its client gets (`events.py`), what the model makes of it (`model.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from serving_kit.model import Input, Prepared, padded_tokens
+
+_NO_INPUT = Input(None)
+
+
+class ItemState(Enum):
+    """Where an item is. It only moves forward."""
+
+    WAITING = "waiting"
+    RUNNING = "running"  # in a step, or between two of its steps
+    DONE = "done"  # answered, failed, dropped or cancelled
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One input on its way through the engine."""
+
+    arrived: float
+    deadline: float  # absolute; of a stream until its first chunk
+    tokens: int  # of its next step; an estimate until it is prepared
+    input: Input = _NO_INPUT
+    payload: Any = None  # the owner's own
+    key: Hashable | None = None  # items share a step only if their keys are equal; None until prepared
+    prepared: Prepared[Any] | None = None
+    stream_deadline: float | None = None  # absolute, from the first chunk on; None: not a stream
+    state: ItemState = ItemState.WAITING
+    started: float | None = None  # when its first step was chosen
+    cancelled: bool = False  # its client has left while it was running
+    estimate: int = 0  # what `tokens` was when it was offered
+    priced: bool = False  # admitted because the learned cost said that there is time for it
+
+    def waited_s(self, ended: float) -> tuple[float | None, float | None]:
+        """Seconds from its arrival to the start of its first step, and from there to `ended`."""
+        if self.started is None:
+            return None, None
+        return self.started - self.arrived, ended - self.started
+
+    def is_wanted(self, now: float) -> bool:
+        """Whether it runs, its client still waits, and there is time left."""
+        return self.state is ItemState.RUNNING and not self.cancelled and self.deadline > now
+
+
+class Drop(Enum):
+    """Why an admitted item left the queue without an answer."""
+
+    EXPIRED = "expired"  # its deadline passed
+    HOPELESS = "hopeless"  # it could not be answered before its deadline
+
+
+def padded(items: Sequence[Item]) -> int:
+    """Tokens that a model computes which pads these items to the longest."""
+    return padded_tokens(item.tokens for item in items)
+
+
+def longest(items: Sequence[Item]) -> int:
+    """Tokens of the longest of these items."""
+    return max(item.tokens for item in items)

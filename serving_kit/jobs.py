@@ -1,0 +1,48 @@
+"""The loop thread's end of one item: its events, for a request that waits for the end or for a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+from serving_kit.events import Chunk, End, Event
+
+
+class Job:
+    """One input on its way to an answer. Loop thread only.
+
+    Attributes:
+        ended: Resolves to the last event. Errors are values: a future that is not read logs nothing.
+    """
+
+    __slots__ = ("_chunks", "_news", "ended")
+
+    def __init__(self, ended: asyncio.Future[End]) -> None:
+        self.ended = ended
+        self._chunks: deque[Any] = deque()
+        self._news: asyncio.Event | None = None
+
+    def emit(self, event: Event) -> None:
+        """Pass one event on. What comes after the end is ignored."""
+        if self.ended.done():
+            return
+        if isinstance(event, Chunk):
+            self._chunks.append(event.value)
+        else:
+            self.ended.set_result(event)
+        if self._news is not None:
+            self._news.set()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Every event, in order; for one reader. Nothing comes after the end."""
+        self._news = asyncio.Event()
+        while True:
+            self._news.clear()
+            while self._chunks:
+                yield Chunk(self._chunks.popleft())
+            if self.ended.done():
+                yield self.ended.result()
+                return
+            await self._news.wait()

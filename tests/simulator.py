@@ -1,0 +1,562 @@
+"""Plays one service from one seed: the real service, engine, scheduler and recovery under virtual time.
+
+    python -m tests.simulator 4711            one seed, with what happened
+    python -m tests.simulator 0 1000000 -j 2  many
+
+Only the model and the clock are simulated. The model answers, raises, hangs, runs out of memory and comes
+back; its thread dies now and then; clients leave, settings change, the service is drained and replaced. The
+invariants are checked at every step and every record; a seed that breaks one is named, to be run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import random
+import selectors
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving_kit.actions import Action, Exit, Sleep, Step
+from serving_kit.batching import Handover
+from serving_kit.errors import InputRejected, ServingError
+from serving_kit.events import Chunk
+from serving_kit.failures import classify
+from serving_kit.items import Item, ItemState
+from serving_kit.model import (
+    Done,
+    FailureKind,
+    Input,
+    Limits,
+    More,
+    Part,
+    Prepared,
+    StepResult,
+    Work,
+)
+from serving_kit.model import Failed as PartFailed
+from serving_kit.records import BatchReason, BatchRecord, Outcome, Record, RequestRecord
+from serving_kit.service import Service
+from serving_kit.settings import Settings
+
+SECONDS = 30.0  # of virtual time in which clients arrive
+LONGEST_S = 3000.0  # until everything must have ended
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+# -- virtual time ----------------------------------------------------------------------------------
+
+
+class _Selector(selectors.SelectSelector):
+    """Advances the loop's time instead of sleeping."""
+
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise Broken("everything waits, and nothing will wake it")
+        self.loop.now += max(timeout, 0.0)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only when all its tasks wait."""
+
+    def __init__(self) -> None:
+        selector = _Selector()
+        selector.loop = self
+        self.now = 1000.0
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+    def _write_to_self(self) -> None:
+        """There is no other thread to wake it from."""
+
+
+@dataclass
+class Clock:
+    """The loop's time, and how far a model call that runs now has got beyond it."""
+
+    loop: VirtualLoop
+    ahead_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.loop.now + self.ahead_s
+
+
+class _Wake(contextlib.AbstractContextManager[None]):
+    """Stands in for the handover's condition: one thread, so nothing to lock."""
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self.notify = notify
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+class SimulatedWorker:
+    """Performs actions in virtual time: the result is there once the model call would have ended."""
+
+    def __init__(self, play: Play, handover: Handover, ended: Callable[..., None]) -> None:
+        self.play = play
+        self.alive = False
+        self._handover, self._ended = handover, ended
+        self._timer: asyncio.TimerHandle | None = None
+        self._busy = False
+        handover.lock = _Wake(self._notified)  # type: ignore[assignment]
+
+    def start(self) -> None:
+        self.alive = True
+        self._notified()
+
+    def join(self, timeout_s: float) -> None:
+        """It has nothing left to do."""
+
+    def die(self) -> None:
+        """As if the kit's own code had raised on it."""
+        if self.alive:
+            self._end(RuntimeError("killed"))
+
+    def _notified(self) -> None:
+        if self.alive and not self._busy:
+            self.play.loop.call_soon(self._look)
+
+    def _end(self, cause: BaseException | None) -> None:
+        self.alive = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ended(self, cause)
+
+    def _look(self) -> None:
+        if not self.alive or self._busy:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        action = self._handover.look()
+        if isinstance(action, Exit):
+            self._end(None)
+        elif isinstance(action, Sleep):
+            if action.until is not None:
+                self._timer = self.play.loop.call_at(max(action.until, self.play.loop.now + 1e-6), self._look)
+        else:
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Step):
+            self.play.check_step(action, id(self._handover))
+        self._busy = True
+        clock = self.play.clock
+        try:
+            result = self._handover.perform(action)
+        except ServingError as error:  # the model was released
+            self._busy = False
+            self._end(error)
+            return
+        took_s, clock.ahead_s = clock.ahead_s, 0.0
+        self.play.loop.call_later(took_s, self._complete, action, result)
+
+    def _complete(self, action: Action, result: object) -> None:
+        self._busy = False
+        if self.alive:
+            self._handover.complete(action, result)
+            self._look()
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Query:
+    """What one item asks for."""
+
+    number: int
+    tokens: int
+    steps: int = 1
+    bad: str = ""  # "", "prepare", "rejected", "step", "part", "finish", "memory"
+
+
+@dataclass
+class State:
+    """What the model holds of one item."""
+
+    query: Query
+    steps_done: int = 0
+
+
+class SimulatedModel:
+    """Answers its queries' numbers; its mood changes with the time."""
+
+    name, task_name, device, media = "simulated", "function", "cpu", False
+    notes: tuple[str, ...] = ()
+    timings: tuple[tuple[int, float], ...] = ()
+    limits = Limits()
+
+    def __init__(self, play: Play, dice: random.Random) -> None:
+        self.play, self._dice = play, dice
+        self.example = Input(Query(-1, 3), {}) if dice.random() < 0.6 else None
+        self.a_s, self.b_s = dice.choice([1e-4, 0.01, 0.3]), dice.choice([0.0, 1e-5, 1e-3])
+        self.mood = "ok"
+        self.fits = 10**9  # padded tokens
+        self.held: set[int] = set()
+
+    def estimate(self, value: Query) -> Work:
+        return Work(longest=max(1, value.tokens + self._dice.randint(-2, 2)))
+
+    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+        """All is taken."""
+
+    def changed(self) -> str:
+        return ""
+
+    def prepare(self, value: Query, parameters: Mapping[str, Any]) -> Prepared[State]:
+        if value.bad == "rejected":
+            raise InputRejected("rejected")
+        if value.bad == "prepare":
+            raise ValueError("prepare")
+        prepared = Prepared(State(value), Work(longest=value.tokens), parameters.get("key", 0))
+        self.held.add(id(prepared))
+        self.play.keep.append(prepared)
+        return prepared
+
+    def step(self, parts: Sequence[Part]) -> list[StepResult]:
+        padded = len(parts) * max(part.tokens for part in parts)
+        took = self.a_s + self.b_s * padded
+        states: list[State] = [part.prepared.payload for part in parts]
+        keys = {part.prepared.key for part in parts}
+        self.play.check(len(keys) == 1, "items of several keys share a step")
+        held = {id(part.prepared) for part in parts} <= self.held
+        self.play.check(held, "an item runs after it was released")
+        if self.mood == "hangs":
+            took += self._dice.choice([1.0, 20.0, 100.0])
+        self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
+        if padded > self.fits or any(state.query.bad == "memory" for state in states):
+            raise MemoryError
+        if self.mood == "raises" or any(state.query.bad == "step" for state in states):
+            raise RuntimeError("step")
+        if self.mood == "lost":
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        if self.mood == "miscounts" and len(parts) > 1:
+            return []
+        results: list[StepResult] = []
+        for state in states:
+            if state.query.bad == "part":
+                results.append(PartFailed(ValueError("part")))
+            elif state.steps_done + 1 < state.query.steps:
+                results.append(More((state.query.number, state.steps_done), Work(longest=1)))
+            else:
+                results.append(Done(state.query.number))
+        for state in states:
+            state.steps_done += 1
+        return results
+
+    def finish(self, prepared: Prepared[State], output: int) -> int:
+        if prepared.payload.query.bad == "finish":
+            raise ValueError("finish")
+        return output
+
+    def release(self, prepared: Prepared[State]) -> None:
+        self.held.discard(id(prepared))
+
+    def classify(self, error: BaseException) -> FailureKind:
+        return classify.kind(error)
+
+    def free_memory(self, error: BaseException, *, thorough: bool) -> None:
+        """Nothing is held."""
+
+
+# -- the play --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Play:
+    """One seed: a service, its clients, and all that happens to them."""
+
+    seed: int
+    verbose: bool = False
+    loop: VirtualLoop = field(default_factory=VirtualLoop)
+    sent: int = 0
+    seen: Counter[Outcome] = field(default_factory=Counter)  # by the clients
+    told: Counter[Outcome] = field(default_factory=Counter)  # by the records
+    keep: list[object] = field(default_factory=list)  # so that no two have the same id
+    services: list[Service] = field(default_factory=list)
+    models: list[SimulatedModel] = field(default_factory=list)
+    workers: list[SimulatedWorker] = field(default_factory=list)
+    batches: int = 0
+    broken: list[str] = field(default_factory=list)
+    starts: dict[int, list[tuple[float, Sequence[Item]]]] = field(default_factory=dict)  # by handover
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        self.clock = Clock(self.loop)
+
+    def run(self) -> None:
+        """Play it to the end. Raises `Broken`."""
+        asyncio.set_event_loop(self.loop)
+        errors: list[Mapping[str, Any]] = []
+        self.loop.set_exception_handler(lambda loop, context: errors.append(context))
+        try:
+            self.loop.run_until_complete(asyncio.wait_for(self._main(), LONGEST_S))
+        except TimeoutError:
+            raise Broken(f"not all requests have ended after {LONGEST_S:g} s") from None
+        finally:
+            asyncio.set_event_loop(None)
+            self.loop.close()
+        if self.broken:
+            raise Broken(self.broken[0])
+        if errors:
+            raise Broken(f"an exception was not handled: {errors[0]}") from errors[0].get("exception")
+
+    async def _main(self) -> None:
+        await self._replace()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._disturb(group))
+            for number in range(self.dice.choice([1, 5, 20, 60])):
+                group.create_task(self._client(number))
+        for service, model in zip(self.services, self.models, strict=True):
+            model.mood, model.fits = "ok", 10**9
+            if service is self.services[-1]:
+                await self._check_idle(service)
+        await self.services[-1].stop(60.0)
+        await asyncio.sleep(200.0)  # for what hangs
+        self.check_end()
+
+    async def _replace(self) -> None:
+        model = SimulatedModel(self, self.dice)
+        service = Service(
+            model,
+            self._settings(),
+            retry=self.dice.random() < 0.9,
+            clock=self.clock,
+            make_worker=self._make_worker,
+        )
+        service.telemetry.request_observers.add(self._observe)
+        service.telemetry.step_observers.add(self._observe)
+        await service.start()
+        self.models.append(model)
+        self.services.append(service)
+
+    def _make_worker(self, handover: Handover, ended: Callable[..., None]) -> SimulatedWorker:
+        self.workers.append(SimulatedWorker(self, handover, ended))
+        return self.workers[-1]
+
+    def _settings(self) -> Settings:
+        dice = self.dice
+        return Settings(
+            max_batch_size=dice.choice([1, 2, 4, 32]),
+            max_wait_ms=dice.choice([0, 0, 5, 200]),
+            max_batch_tokens=dice.choice(["auto", 1, 50, 400]),
+            max_queue_size=dice.choice([4, 30, 256]),
+            timeout_ms=dice.choice([50, 1000, 10_000]),
+            group_by_length=dice.random() < 0.5,
+            drop_hopeless=dice.random() < 0.7,
+        )
+
+    async def _disturb(self, group: asyncio.TaskGroup) -> None:
+        dice, end = self.dice, self.loop.now + SECONDS
+        while self.loop.now < end:
+            await asyncio.sleep(dice.expovariate(1.0))
+            service, model = self.services[-1], self.models[-1]
+            what = dice.choice(["mood", "mood", "mood", "tune", "tune", "memory", "die", "replace"])
+            self._say(what)
+            if what == "mood":
+                moods = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.1)
+                model.mood = dice.choice(moods)
+            elif what == "memory":
+                model.fits = dice.choice([10, 100, 10**9])
+            elif what == "tune":
+                service.tune(**self._settings().to_dict())
+            elif what == "die" and dice.random() < 0.3:
+                self.workers[-1].die()
+            elif what == "replace" and dice.random() < 0.3:
+                await self._replace()
+                group.create_task(service.stop(dice.choice([0.0, 1.0, 30.0])))
+
+    async def _client(self, number: int) -> None:
+        dice = self.dice
+        await asyncio.sleep(dice.random() * SECONDS)
+        for turn in range(dice.choice([1, 1, 3, 10])):
+            task = asyncio.current_task()
+            assert task is not None
+            leaves = None
+            if dice.random() < 0.15:
+                leaves = self.loop.call_later(dice.choice([0.0, 0.01, 1.0]), task.cancel)
+            try:
+                await self._ask(number * 1000 + turn * 20)
+            except asyncio.CancelledError:
+                task.uncancel()
+            finally:
+                if leaves is not None:
+                    leaves.cancel()
+            if dice.random() < 0.5:
+                await asyncio.sleep(dice.expovariate(10.0))
+
+    async def _ask(self, number: int) -> None:
+        dice, service = self.dice, self.services[-1]
+        queries = [self._query(number + index) for index in range(dice.choice([1, 1, 1, 2, 5]))]
+        parameters = {"key": dice.choice([0, 0, 0, 1])}
+        self.sent += 1
+        outcome = Outcome.FAILED
+        try:
+            with service.observe(str(number)) as ticket:
+                if dice.random() < 0.2:
+                    ticket.limit(dice.choice([0.001, 0.1, 2.0]))
+                if dice.random() < 0.3:
+                    await self._stream(service, queries[0], parameters, ticket)
+                else:
+                    answers = await service.predict(queries, parameters, ticket)
+                    self.check(answers == [query.number for query in queries], "an answer is another's")
+                    self.check(self.loop.now <= ticket.deadline + 1e-6, "an answer came after its deadline")
+            outcome = Outcome.OK
+        except ServingError as error:
+            outcome = error.outcome
+        except asyncio.CancelledError:
+            outcome = Outcome.CANCELLED
+            raise
+        finally:
+            self.seen[outcome] += 1
+
+    async def _stream(self, service: Service, query: Query, parameters: Any, ticket: Any) -> None:
+        given, leaves_after = 0, self.dice.choice([None, None, 0, 1, 2])
+        stream = service.stream(query, parameters, ticket, self.dice.choice([1.0, 30.0]))
+        async with contextlib.aclosing(stream):
+            async for event in stream:
+                if isinstance(event, Chunk):
+                    self.check(event.value == (query.number, given), "a chunk is another's, or out of order")
+                    given += 1
+                    if given == leaves_after:
+                        return
+                else:
+                    self.check(event.value == query.number, "an answer is another's")
+                    self.check(given == query.steps - 1, "a chunk is missing")
+
+    def _query(self, number: int) -> Query:
+        dice = self.dice
+        kinds = ["prepare", "rejected", "step", "part", "finish", "memory"]
+        bad = dice.choice(kinds) if dice.random() < 0.1 else ""
+        return Query(number, dice.choice([1, 3, 10, 40]), dice.choice([1, 1, 1, 2, 8]), bad)
+
+    # -- what must hold --------------------------------------------------------------------------
+
+    def check(self, holds: bool, what: str) -> None:
+        """Raise unless an invariant holds."""
+        if not holds:
+            self.broken.append(what)  # what the kit catches counts, too
+            raise Broken(what)
+
+    def check_step(self, step: Step, queue: int) -> None:
+        """Nothing starts late, nothing runs that has ended."""
+        now = self.loop.now
+        settings = self.services[-1].settings
+        for item in step.items:
+            self.check(item.deadline > now, "an item starts after its deadline")
+            self.check(item.state is ItemState.RUNNING, "an item runs that has ended")
+        self.check(len(set(map(id, step.items))) == len(step.items), "an item is twice in a step")
+        if step.reason is not BatchReason.RETRY and len(self.services) == 1:
+            self.check(len(step.items) <= settings.max_batch_size, "more items than max_batch_size")
+        if step.reason not in (BatchReason.RETRY, BatchReason.CONTINUED):
+            self.starts.setdefault(queue, []).append((now, step.items))
+
+    def check_order(self, starts: Sequence[tuple[float, Sequence[Item]]]) -> None:
+        """Every new batch holds the oldest of the items that were waiting then and have run."""
+        oldest_later = float("inf")
+        for now, items in reversed(starts):
+            oldest = min(item.arrived for item in items)
+            self.check(oldest <= oldest_later or oldest_later > now, "the oldest item had to wait")
+            oldest_later = min(oldest_later, oldest)
+
+    def _observe(self, record: Record) -> None:
+        if isinstance(record, RequestRecord):
+            self.told[record.outcome] += 1
+        elif isinstance(record, BatchRecord):
+            self.batches += 1
+        load = self.services[-1].batcher.load()
+        self.check(0 <= load.queue_depth <= load.in_flight, "counts do not add up")
+
+    async def _check_idle(self, service: Service) -> None:
+        """Without requests nothing is left, and nothing wakes up."""
+        await asyncio.sleep(200.0)
+        load = service.batcher.load()
+        self.check(load.in_flight == 0, f"{load.in_flight} items are left though all requests have ended")
+        self.check(not self.models[-1].held, "the model still holds items that have ended")
+        before = service.batcher.wakeups
+        await asyncio.sleep(100.0)
+        self.check(service.batcher.wakeups == before, "an idle server wakes up")
+
+    def check_end(self) -> None:
+        """One outcome each, and everything was given back."""
+        self.check(self.told.total() == self.sent, f"{self.told.total()} records of {self.sent} requests")
+        self.check(self.told == self.seen, f"the records say {self.told}, the clients {self.seen}")
+        for service in self.services:
+            self.check(service.batcher.load().in_flight == 0, "items are left after the stop")
+        for starts in self.starts.values():
+            self.check_order(starts)
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            print(f"{self.loop.now - 1000:8.3f} {text}")
+
+
+def play(seed: int, verbose: bool = False) -> Play:
+    """Play one seed. Raises `Broken` with the command that plays it again."""
+    one = Play(seed, verbose)
+    try:
+        one.run()
+    except Exception as error:
+        raise Broken(f"{error!r}; python -m tests.simulator {seed}") from error
+    return one
+
+
+def play_many(seeds: range) -> tuple[Counter[str], list[str]]:
+    """Play many seeds in this process. Returns what came of the requests, and the failures."""
+    logging.getLogger("serving_kit").setLevel(logging.CRITICAL)
+    outcomes: Counter[str] = Counter()
+    failures = []
+    for seed in seeds:
+        try:
+            one = play(seed)
+        except Broken as error:
+            failures.append(str(error))
+        else:
+            outcomes.update({outcome.value: n for outcome, n in one.seen.items()})
+            outcomes["batches"] += one.batches
+    return outcomes, failures
+
+
+def play_in_processes(seeds: range, processes: int, chunk: int = 250) -> tuple[Counter[str], list[str]]:
+    """The same in several processes."""
+    outcomes: Counter[str] = Counter()
+    failures: list[str] = []
+    parts = [seeds[start : start + chunk] for start in range(0, len(seeds), chunk)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for counted, failed in pool.map(play_many, parts):
+            outcomes += counted
+            failures += failed
+    return outcomes, failures
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Play one seed with what happens, or a range of them."""
+    numbers = [int(each) for each in arguments if each.isdigit()]
+    if len(numbers) == 1:
+        logging.getLogger("serving_kit").setLevel(logging.CRITICAL)
+        print(play(numbers[0], verbose=True).seen)
+        return 0
+    outcomes, failures = play_in_processes(range(numbers[0], numbers[1]), 2)
+    print(*failures[:20], sep="\n")
+    print(f"{numbers[1] - numbers[0]} seeds, {len(failures)} failed; {dict(outcomes)}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
