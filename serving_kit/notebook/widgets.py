@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from serving_kit.errors import SettingError, Unavailable
 from serving_kit.notebook import assets
-from serving_kit.settings import KNOBS, Spec
+from serving_kit.settings import KNOBS
+from serving_kit.values import Spec
 
 # What an ipywidget is called back with: the widget, the content of the message, its buffers.
 OnMessage: TypeAlias = Callable[["Controls", Any, object], None]
