@@ -110,7 +110,8 @@ class Engine:
 
     def offer(self, items: Sequence[Item], now: float) -> ServingError | None:
         """Admit all items, or none of them. Returns why not."""
-        if not self.breaker.admits(now, self.scheduler.in_flight):
+        # The reason is looked at first, because every request passes here.
+        if self.breaker.reason and not self.breaker.admits(now, self.scheduler.in_flight):
             return self._unavailable(now)
         rejected = self.scheduler.offer(items, now)
         return None if rejected is None else _rejection(rejected)

@@ -21,7 +21,7 @@ class Job:
 
     def __init__(self, ended: asyncio.Future[End]) -> None:
         self.ended = ended
-        self._chunks: deque[Any] = deque()
+        self._chunks: deque[Any] | None = None  # none yet
         self._news: asyncio.Event | None = None
 
     def emit(self, event: Event) -> None:
@@ -29,6 +29,8 @@ class Job:
         if self.ended.done():
             return
         if isinstance(event, Chunk):
+            if self._chunks is None:
+                self._chunks = deque()
             self._chunks.append(event.value)
         else:
             self.ended.set_result(event)
