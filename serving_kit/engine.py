@@ -172,6 +172,8 @@ class Engine:
             self._resume(Reply(now, skipped=True), now)
         if self._request is not None:
             return self._action(self._request, now)
+        if self._to_release:
+            return self._release_now()
         if self.breaker.refuses_admitted(now):
             self._end(self.scheduler.evict(), self._unavailable(now))
         if fresh := self.scheduler.unprepared():
@@ -182,9 +184,8 @@ class Engine:
         if (batch := decision.batch) is not None:
             expected_s = self.scheduler.cost.high(batch.padded_tokens)
             return Step(batch.items, batch.reason, batch.left_waiting, expected_s)
-        if self._to_release:
-            released, self._to_release = self._to_release, []
-            return Release(released)
+        if self._to_release:  # of what was dropped just now
+            return self._release_now()
         if self._stopping and not self.scheduler.in_flight:
             return Exit()
         return Sleep(decision.wake_at)
@@ -381,6 +382,10 @@ class Engine:
             if failure.kind is FailureKind.DEVICE and self.breaker.latch(_DEVICE_LOST):
                 self._breaker_moved(Gate.LATCHED)
         return self._errors[key][0]
+
+    def _release_now(self) -> Release:
+        released, self._to_release = self._to_release, []
+        return Release(released)
 
     def _release(self, item: Item) -> None:
         if item.prepared is not None:

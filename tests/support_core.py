@@ -281,8 +281,15 @@ class Bench:
         self.submitted: list[Item] = []
         self.scheduler = Scheduler(Settings(**knobs))
         self.engine = Engine(self.scheduler, canary=self.model.example)
+        self.skipped_s = 0.0
         self.observer: Callable[[Record], None] = self.report
-        self.batcher = Batcher(self.model, self.engine, lambda record: self.observer(record))
+        self.batcher = Batcher(
+            self.model, self.engine, lambda record: self.observer(record), clock=self.clock
+        )
+
+    def clock(self) -> float:
+        """The real time, and what a test has added to `skipped_s`."""
+        return time.monotonic() + self.skipped_s
 
     def report(self, record: Record) -> None:
         self.records.append(record)
@@ -294,7 +301,7 @@ class Bench:
         stream_timeout_s: float | None = None,
         **parameters: Any,
     ) -> list[Item]:
-        now = time.monotonic()
+        now = self.clock()
         items = self.batcher.submit(
             [Input(value, parameters) for value in values],
             arrived=now,

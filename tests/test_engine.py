@@ -169,6 +169,25 @@ def test_cancel_between_steps() -> None:
     bed.check_released()
 
 
+def test_released_while_others_wait() -> None:
+    """A model that is never idle must get its memory back, too."""
+    bed = Bed(generates(a=9), max_batch_size=1)
+    (item,) = bed.offer("a")
+    bed.turn(), bed.turn()
+    bed.offer("b", "c")
+    bed.turn()
+    bed.cancel([item])
+    assert isinstance(bed.turn(), Release)
+    assert isinstance(bed.turn(), Step)
+
+
+def test_released_when_dropped() -> None:
+    bed = Bed(generates(a=9))
+    bed.offer("a", timeout_s=1.5)
+    bed.turn(), bed.turn(), bed.turn()
+    assert isinstance(bed.turn(), Release)
+
+
 def test_cancel_during_a_step() -> None:
     bed = Bed(generates(a=5))
     items = bed.offer("a", "b")
