@@ -1,4 +1,4 @@
-"""Every way in which a request can end badly, as one tree. No HTTP here: `app.py` maps it to statuses.
+"""Every way in which a request can end badly, as one tree. Statuses of HTTP: `http/problems.py`.
 
     ServingError
     ├── MalformedRequest    the request cannot be read                     (its sender must change it)

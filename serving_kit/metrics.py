@@ -7,7 +7,7 @@ averaged, and memory does not depend on the load.
 Records may come from any thread. One lock guards everything and is held for microseconds.
 
 Not here: the values that are read (`status.py`), their JSON (`stats_json.py`), where they are served
-(`http/app.py`).
+(`http/routes.py`).
 """
 
 from __future__ import annotations

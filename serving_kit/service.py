@@ -6,7 +6,7 @@
 Any front end (Starlette, the kernel, Ray Serve) drives these two lines. `observe` is the only place
 that counts a request, and every way out of its body is an outcome.
 
-Not here: bodies and statuses (`app.py`, `formats.py`), threads (`batching.py`).
+Not here: bodies and statuses (`http/`), threads (`batching.py`).
 """
 
 from __future__ import annotations

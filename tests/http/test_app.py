@@ -57,7 +57,7 @@ def test_mounted_without_its_lifespan() -> None:
         assert "lifespan" in health.json()["reason"]
         assert client.get("/model/live").status_code == 200
         evil = client.post("/model/", content="a", headers={"origin": "https://evil.example"})
-        assert evil.status_code == 403, "who may not ask is told nothing else"
+        assert evil.status_code == 403, "access is decided first"
 
 
 def test_mounted_with_its_lifespan() -> None:
