@@ -12,9 +12,8 @@ ipywidgets = pytest.importorskip("ipywidgets")
 
 import serving_kit
 from serving_kit.metrics import HISTORY_S
-from serving_kit.notebook import frames, process_settings, publisher, widgets
+from serving_kit.notebook import frames, process_settings, publisher
 from serving_kit.notebook.panel import make_panel
-from serving_kit.settings import KNOBS
 from tests.support import until
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -343,32 +342,7 @@ def test_tune_of_stopped_server(server):
     assert "stopped" in answer["error"]
 
 
-# -- without anywidget ------------------------------------------------------------------------
-
-
-def test_without_anywidget(server, monkeypatch):
-    monkeypatch.setattr(widgets, "live_classes", widgets.live_classes.__wrapped__)
-    monkeypatch.setitem(sys.modules, "anywidget", None)
-    panel = make_panel(server)
-    assert set(panel.bundle()) == {"text/html", VIEW}
-    controls = {each.description: each for each in panel.widget.children[:-1]}
-    assert set(controls) == set(KNOBS)
-    controls["max_batch_size"].value = 5
-    controls["max_batch_tokens"].value = "4000"
-    assert (server.settings.max_batch_size, server.settings.max_batch_tokens) == (5, 4000)
-    controls["max_batch_tokens"].value = "<b>many"
-    assert "max_batch_tokens must be" in panel.widget.children[-1].value
-    assert "<b>" not in panel.widget.children[-1].value
-    controls["max_batch_tokens"].value = "auto"
-    assert server.settings.max_batch_tokens == "auto"
-    assert panel.widget.children[-1].value == ""
-    panel.finish()
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    panel = make_panel(server)
-    assert panel.widget is None
-    assert set(panel.bundle()) == {"text/html"}
-    panel.finish()
-    assert publishers() == []
+# -- where there are no widgets -------------------------------------------------------------------
 
 
 def test_import_without_widgets():
