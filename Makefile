@@ -2,16 +2,19 @@
 #   make demo     the quickstart notebook in a real kernel, its port asked with curl
 #   make test     all tests that this machine can run
 #   make lab      JupyterLab on the notebooks
-#   make lint     formatter, linter, types, layers
+#   make lint     formatters, linters, types, layers; of the panel's JavaScript and CSS, too
 #   make soak     100,000 requests with faults of every kind: each has one outcome; up to five minutes
+#   make simulate a million simulated servers, hours; SIMULATE_ARGS='0 10000': these seeds
 #   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
 #                 BENCH_ARGS='--against COMMIT': against another commit of this project, 15 minutes
 #   make measure  sizes of functions and classes, `Any`, layout of the tests; MEASURE_ARGS='--commit COMMIT'
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+FRONTEND := serving_kit/notebook/frontend
+export DENO_NO_UPDATE_CHECK := 1
 
-.PHONY: install demo lab test lint format soak bench measure clean
+.PHONY: install demo lab test lint format soak simulate bench measure clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -38,15 +41,24 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deno fmt --quiet --check
+	$(BIN)/deno lint --quiet
+	$(BIN)/deno check --quiet $(FRONTEND)/*.js
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/deno fmt --quiet
+	$(BIN)/deno lint --quiet --fix
 
 soak: install
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 
 # Only a comparison with other servers needs them installed.
+SIMULATE_ARGS ?= 0 1000000
+simulate: install
+	$(BIN)/python -m tests.simulator $(SIMULATE_ARGS)
+
 bench: install
 	$(if $(findstring --against,$(BENCH_ARGS)),,benchmarks/setup.sh)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)

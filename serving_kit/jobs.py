@@ -21,7 +21,7 @@ class Job:
 
     def __init__(self, ended: asyncio.Future[End]) -> None:
         self.ended = ended
-        self._chunks: deque[Any] = deque()
+        self._chunks: deque[Any] | None = None  # none yet
         self._news: asyncio.Event | None = None
 
     def emit(self, event: Event) -> None:
@@ -33,6 +33,8 @@ class Job:
         ):  # first: a reader that wakes for nothing waits on, one that is not woken hangs
             self._news.set()
         if isinstance(event, Chunk):
+            if self._chunks is None:
+                self._chunks = deque()
             self._chunks.append(event.value)
         else:
             self.ended.set_result(event)

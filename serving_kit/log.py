@@ -28,7 +28,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -119,7 +119,7 @@ class ServerLog:
         incident = None if record.incident is None else self._find_incident(record.incident)
         level = _request_level(outcome, incident)
         error = incident.cause if incident else record.error
-        if not self._admits(level, f"{outcome.value} {error}"):  # before any other work: requests may flood
+        if not self._admits(level, f"{outcome} {error}"):  # before any other work: requests may flood
             return
         fields = {
             "outcome": outcome.value,
@@ -175,7 +175,9 @@ class ServerLog:
 
     def close(self) -> None:
         """Write how many lines were left out in the periods that have not ended."""
-        self._write_left_out(math.inf)
+        with self._lock:
+            ended = self._limiter.ended(math.inf)
+        self._write_left_out(ended)
 
     def _write(
         self, level: int, text: str, fields: Fields, incident: Incident | None = None, cause: str = ""
@@ -187,9 +189,12 @@ class ServerLog:
         if not _logger.isEnabledFor(level):
             return False
         now = self._clock()
-        self._write_left_out(now)
         with self._lock:
-            return self._limiter.admits(level, cause, now)
+            ended = self._limiter.ended(now)
+            admitted = self._limiter.admits(level, cause, now)
+        if ended:
+            self._write_left_out(ended)
+        return admitted
 
     def _emit(self, level: int, text: str, fields: Fields, incident: Incident | None) -> None:
         trace = ""
@@ -200,9 +205,7 @@ class ServerLog:
                     trace = incident.traceback
         _emit(_logger, level, text, {"server": self._server, **fields}, trace)
 
-    def _write_left_out(self, now: float) -> None:
-        with self._lock:
-            ended = self._limiter.ended(now)
+    def _write_left_out(self, ended: Iterable[tuple[int, str, int]]) -> None:
         for level, cause, count in ended:
             fields = {"server": self._server, "cause": cause, "suppressed": count, "period_s": PERIOD_S}
             _emit(_logger, level, f"{count} more lines were left out", fields)

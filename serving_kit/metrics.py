@@ -7,7 +7,7 @@ averaged, and memory does not depend on the load.
 Records may come from any thread. One lock guards everything and is held for microseconds.
 
 Not here: the values that are read (`status.py`), their JSON (`stats_json.py`), where they are served
-(`http/app.py`).
+(`http/routes.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil, log
 from typing import TypeVar
 
@@ -49,17 +50,18 @@ def bucket(seconds: float) -> int:
     return ceil(log(microseconds) / _LOG_GAMMA) if microseconds > 1 else 0
 
 
-def quantile(counts: Counter[int], q: float) -> float | None:
-    """The q-quantile in seconds, within 2 %; None without samples."""
-    total = counts.total()
-    if not total:
-        return None
-    rank, seen = q * (total - 1), 0
-    for index in sorted(counts):
-        seen += counts[index]
-        if seen > rank:
-            return 2 * _GAMMA**index / (_GAMMA + 1) / 1e6
-    raise AssertionError("unreachable: ranks stay below the total")
+def percentiles(counts: Counter[int]) -> Percentiles:
+    """The percentiles of durations that were counted by their bucket."""
+    if not counts:
+        return Percentiles(None, None, None)
+    buckets = sorted(counts)
+    cumulative = list(accumulate(counts[each] for each in buckets))
+    return Percentiles(*[_quantile(q, buckets, cumulative) for q in (0.5, 0.95, 0.99)])
+
+
+def _quantile(q: float, buckets: list[int], cumulative: list[int]) -> float:
+    rank = q * (cumulative[-1] - 1)
+    return 2 * _GAMMA ** buckets[bisect.bisect_right(cumulative, rank)] / (_GAMMA + 1) / 1e6
 
 
 @dataclass(slots=True)
@@ -251,12 +253,12 @@ class Metrics:
                 ),
                 CounterMetricFamily(
                     "serving_kit_wasted_items",
-                    "Items run for nobody: gone or late.",
+                    "Items run in vain: the client had left, or the deadline had passed.",
                     value=self._wasted_items,
                 ),
                 gauge("serving_kit_queue_depth", "Items that wait.", ({}, load.queue_depth)),
                 gauge("serving_kit_in_flight", "Items admitted and not yet answered.", ({}, load.in_flight)),
-                self._sizes.family("serving_kit_batch_size", "Items per forward."),
+                self._sizes.family("serving_kit_batch_size", "Items per step."),
                 self._queue_time_s.family("serving_kit_queue_wait_seconds", "Arrival to start of the batch."),
                 self._model_time_s.family("serving_kit_forward_seconds", "Duration of a batch."),
                 self._latency_s.family(
@@ -282,9 +284,9 @@ class Metrics:
             padding=_padding(sum(slot.tokens for slot in slots), sum(slot.padded_tokens for slot in slots)),
             busy=min(1.0, sum(slot.busy_s for slot in slots) / duration_s),
             samples=latency.total(),
-            latency=_percentiles(latency),
-            queue_time=_percentiles(_merge(slot.queue_time for slot in slots)),
-            model_time=_percentiles(_merge(slot.model_time for slot in slots)),
+            latency=percentiles(latency),
+            queue_time=percentiles(_merge(slot.queue_time for slot in slots)),
+            model_time=percentiles(_merge(slot.model_time for slot in slots)),
         )
 
     def _series(self, now: float, seconds: int, load: Load) -> tuple[Second, ...]:
@@ -324,9 +326,9 @@ def _summary(slot: Slot, load: Load) -> Second:
         padding=_padding(slot.tokens, slot.padded_tokens),
         busy=min(1.0, slot.busy_s),
         samples=slot.latency.total(),
-        latency=_percentiles(slot.latency),
-        queue_time=_percentiles(slot.queue_time),
-        model_time=_percentiles(slot.model_time),
+        latency=percentiles(slot.latency),
+        queue_time=percentiles(slot.queue_time),
+        model_time=percentiles(slot.model_time),
     )
 
 
@@ -344,7 +346,3 @@ def _by_member(members: type[E], counts: Counter[E]) -> dict[E, int]:
 
 def _padding(tokens: int, padded_tokens: int) -> float | None:
     return 1 - tokens / padded_tokens if padded_tokens else None
-
-
-def _percentiles(counts: Counter[int]) -> Percentiles:
-    return Percentiles(quantile(counts, 0.5), quantile(counts, 0.95), quantile(counts, 0.99))

@@ -14,7 +14,7 @@ Not here: models (`models/`), when a step runs (`engine.py`), the thread that ru
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -28,8 +28,7 @@ class Input(NamedTuple):
     parameters: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What the next step of one item costs.
 
     One item may be several sequences: the labels of a zero-shot input, the strides of a long text.
@@ -55,8 +54,7 @@ def padded_tokens(items: Iterable[int]) -> int:
     return len(tokens) * max(tokens, default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared(Generic[P]):
+class Prepared(NamedTuple, Generic[P]):
     """One input, ready for the model.
 
     Attributes:
@@ -66,7 +64,7 @@ class Prepared(Generic[P]):
     """
 
     payload: P
-    work: Work = field(default_factory=Work)
+    work: Work = Work()
     key: Hashable = ()
 
 

@@ -1,4 +1,4 @@
-"""What every test may use, and what every test must leave behind: nothing."""
+"""Fixtures of all tests, and the check that a test leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-"""What several test modules share: waiting, threads, scripts. No fixtures here (`conftest.py`)."""
+"""What several test modules share: waiting, threads, scripts, functions to serve.
+
+Not here: fixtures (`conftest.py`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -37,7 +41,10 @@ def our_threads() -> set[threading.Thread]:
 
 
 def interrupt_the_main_thread(during: str) -> None:
-    """What ■ does, once the main thread waits inside the function `during`. For other threads."""
+    """Send SIGINT, as interrupting a cell does, once the main thread waits inside the function `during`.
+
+    For other threads.
+    """
 
     def waits() -> bool:
         frame = sys._current_frames()[threading.main_thread().ident or 0]
@@ -46,7 +53,8 @@ def interrupt_the_main_thread(during: str) -> None:
         )
 
     until(waits, what=f"waiting in {during}()")
-    # From that line of Python to its system call; a signal in between would be seen only after it.
+    # The main thread may not have reached its system call yet. A signal before that would be handled only
+    # after the call.
     time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -54,7 +62,7 @@ def interrupt_the_main_thread(during: str) -> None:
 def run_script(
     script: str, *arguments: str, timeout: float = 30.0, warnings: str = "default"
 ) -> subprocess.CompletedProcess[str]:
-    """Run `script` in a Python of its own; fail unless it ends well and stderr stays empty."""
+    """Run `script` in a Python of its own; fail unless it exits with 0 and stderr stays empty."""
     done = subprocess.run(
         [sys.executable, "-W", warnings, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
@@ -66,3 +74,31 @@ def run_script(
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""
     return done
+
+
+class NamedModel:
+    """A function to serve that answers with its name. A weak reference tells when it has been freed."""
+
+    def __init__(self, name: str = "model") -> None:
+        self.__name__ = name
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """The name, once for each value."""
+        return [self.__name__ for _ in values]
+
+
+class BlockingFunction:
+    """A function to serve that answers with its inputs once `open` is set. `inside`: it was called."""
+
+    def __init__(self) -> None:
+        self.inside, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """Wait, and answer."""
+        self.inside.set()
+        assert self.open.wait(60)
+        return values
+
+    async def entered(self) -> None:
+        """Wait until it has been called."""
+        assert await asyncio.to_thread(self.inside.wait, 30)

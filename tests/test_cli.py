@@ -1,11 +1,10 @@
-"""The same engine without a notebook: the command, and the app under plain uvicorn."""
+"""`serving-kit serve`: options, the token, a served demo model."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
@@ -13,30 +12,11 @@ import pytest
 from serving_kit.cli import main
 from serving_kit.settings import KNOBS
 from tests.support import REPOSITORY, until
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Ask it to go; its exit status and what it said."""
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=20)
-    return process.returncode, said
+from tests.support_http import answers, ended, free_port
 
 
 @pytest.mark.light
-def test_help_explains_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["serve", "--help"])
     assert done.value.code == 0
@@ -57,9 +37,8 @@ def test_help_explains_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
         (["--overload-status", "418"], "503 or 429"),
     ],
 )
-def test_a_bad_knob_is_refused_before_anything_is_loaded(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_knob_value(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, before a model is loaded."""
     with pytest.raises(SystemExit) as done:
         main(["serve", *arguments])
     assert done.value.code == 2
@@ -67,14 +46,14 @@ def test_a_bad_knob_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.light
-def test_a_taken_port_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
     assert f"port {port} is taken by another program" in capsys.readouterr().err
 
 
-def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
+def test_serve_demo_model_until_sigterm() -> None:
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--max-batch-size", "8"]
     environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
@@ -94,14 +73,16 @@ def test_the_command_serves_the_demo_model_and_stops_when_asked() -> None:
             process.send_signal(signal.SIGTERM)
             until(lambda: not answers(url))
             slow.sendall(b"]")
-            assert slow.recv(1000).startswith(b"HTTP/1.1 503"), "what comes after the signal is refused"
+            assert slow.recv(1000).startswith(b"HTTP/1.1 503"), (
+                "a body that ends after the signal is rejected"
+            )
         status, said = ended(process)
     assert status in (0, -signal.SIGTERM)
     assert f"serving serving-kit-demo (fill-mask, cpu) at {url}" in said
     assert "Traceback" not in said
 
 
-def test_on_the_network_the_command_wants_the_token_that_the_environment_gives_it() -> None:
+def test_network_host_requires_token() -> None:
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--host", "0.0.0.0", "--port", str(port)]
     environment = {**os.environ, "SERVING_KIT_TOKEN": "a-token"}
@@ -116,52 +97,12 @@ def test_on_the_network_the_command_wants_the_token_that_the_environment_gives_i
         status, said = ended(process)
     assert status in (0, -signal.SIGTERM)
     assert "everything needs the token: the one in SERVING_KIT_TOKEN" in said
-    assert "a-token" not in said, "a token that an operator has set is not for the log"
+    assert "a-token" not in said, "a token from the environment is not printed"
     assert "Traceback" not in said
 
 
 @pytest.mark.light
-def test_an_app_of_four_lines_runs_under_uvicorn(tmp_path: Path) -> None:
-    (tmp_path / "server.py").write_text(
-        "import serving_kit\n\n"
-        "def shout(texts):\n    return [text.upper() for text in texts]\n\n"
-        "app = serving_kit.create_app(shout, max_batch_size=16)\n"
-    )
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "server:app", "--port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
-    with subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment
-    ) as process:
-        url = f"http://127.0.0.1:{port}"
-        until(lambda: answers(url), timeout=30)
-        assert httpx.post(url, content="hello").json() == "HELLO"
-        assert httpx.get(f"{url}/settings").json()["max_batch_size"] == 16
-        refused = httpx.patch(f"{url}/settings", json={"max_wait_ms": 1})
-        assert refused.status_code == 403, "without a token nobody may turn knobs"
-        status, said = ended(process)
-    assert status in (0, -signal.SIGTERM)
-    assert "Application shutdown complete" in said
-
-
-@pytest.mark.light
-def test_an_app_whose_model_cannot_be_loaded_says_why_and_does_not_start(tmp_path: Path) -> None:
-    (tmp_path / "server.py").write_text("import serving_kit\n\napp = serving_kit.create_app(42)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "server:app", "--port", str(free_port())],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"},
-        check=False,
-    )
-    assert done.returncode == 3
-    assert "StartError: cannot serve int: pass a Hub id" in done.stderr
-
-
-@pytest.mark.light
-def test_an_empty_host_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """To the system it is every network."""
+def test_empty_host(capsys: pytest.CaptureFixture[str]) -> None:
+    """The system takes it for all addresses."""
     assert main(["serve", "--host", ""]) == 2
     assert "host must be a name or an address, got ''" in capsys.readouterr().err

@@ -50,11 +50,10 @@ V1 = "9:name=systemd:/\n4:cpu,cpuacct:/docker/abc\n3:cpuset:/\n0::/\n"
         ({"/proc/self/cgroup": "nonsense"}, None),
     ],
 )
-def test_the_quota_is_read_from_both_versions_of_control_groups(
-    files: dict[str, str], quota: float | None
-) -> None:
+def test_cpu_quota(files: dict[str, str], quota: float | None) -> None:
+    """Control groups of version 1 and 2."""
     assert cpu_quota(files.get) == quota
 
 
-def test_this_process_may_use_at_least_one_cpu() -> None:
+def test_allowed_cpus() -> None:
     assert allowed_cpus() >= 1

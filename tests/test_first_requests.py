@@ -1,4 +1,4 @@
-"""The first requests of a real server are not refused by what is not known yet."""
+"""The first requests to a server are answered, although the cost of a call is not known yet."""
 
 import subprocess
 import sys
@@ -13,13 +13,13 @@ import httpx
 import pytest
 
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, ended, free_port
+from tests.support_http import answers, ended, free_port
 
 Serve = Callable[..., Any]
 
 
 def statuses(url: str, clients: int, requests: int, body: str) -> Counter[int]:
-    """What `clients` that ask one request after the other are answered."""
+    """The statuses that closed-loop clients get: `requests` in all."""
     with httpx.Client(limits=httpx.Limits(max_connections=clients), timeout=60) as http:
 
         def ask(number: int) -> int:
@@ -30,8 +30,8 @@ def statuses(url: str, clients: int, requests: int, body: str) -> Counter[int]:
 
 
 @pytest.mark.light
-def test_burst_after_three_quiet_calls_is_answered(serve: Serve) -> None:
-    """One batch after the other doubles: 32 items take five calls, and not 32."""
+def test_burst_after_quiet_period(serve: Serve) -> None:
+    """Batch sizes double: 32 items take five calls, not 32."""
     calls: list[int] = []
 
     def slow(texts: list[str]) -> list[str]:
@@ -47,8 +47,8 @@ def test_burst_after_three_quiet_calls_is_answered(serve: Serve) -> None:
 
 
 @pytest.mark.light
-def test_slow_function_is_not_called_with_single_items_only(serve: Serve) -> None:
-    """A call takes most of the time that one batch may take, so smaller batches would gain nothing."""
+def test_slow_function_gets_batches(serve: Serve) -> None:
+    """A call takes most of the time that one batch may take; smaller batches would save nothing."""
     sizes: list[int] = []
 
     def slow(texts: list[str]) -> list[str]:
@@ -74,7 +74,7 @@ def test_slow_function_is_not_called_with_single_items_only(serve: Serve) -> Non
     assert max(sizes) >= 4
 
 
-def test_cold_start_of_the_command_refuses_none_of_32_clients() -> None:
+def test_cold_start_of_command() -> None:
     port = free_port()
     command = [sys.executable, "-m", "serving_kit.cli", "serve", "--port", str(port), "--timeout-ms", "5000"]
     process = subprocess.Popen(

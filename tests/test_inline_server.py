@@ -1,4 +1,4 @@
-"""The server thread: start, swap, run, stop; silent, bounded, and nothing left behind."""
+"""`InlineServer`: start, stop, swap, run; bounded, without output, and without leftovers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.light
 # -- apps and clients ---------------------------------------------------------------------------------
 
 
-def saying(text: str) -> Any:
-    """A bare ASGI function that knows nothing of lifespans."""
+def text_app(text: str) -> Any:
+    """An ASGI function without lifespan support that answers with `text`."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
@@ -52,14 +52,14 @@ def saying(text: str) -> Any:
     return app
 
 
-def living(name: str, story: list[str], **routes: Callable[..., Any]) -> Starlette:
-    """A Starlette app that writes the events of its life into `story`."""
+def named_app(name: str, events: list[str], **routes: Callable[..., Any]) -> Starlette:
+    """A Starlette app that answers with `name` and adds its start and end to `events`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> Any:
-        story.append(f"{name} starts")
+        events.append(f"{name} starts")
         yield {"name": name}
-        story.append(f"{name} ends")
+        events.append(f"{name} ends")
 
     async def index(request: Request) -> PlainTextResponse:
         return PlainTextResponse(request.state.name)
@@ -85,7 +85,7 @@ def start() -> Iterator[Callable[..., InlineServer]]:
 
 
 class Client(http.client.HTTPConnection):
-    """One keep-alive connection that is never silently opened a second time."""
+    """One keep-alive connection that does not reconnect by itself."""
 
     def __init__(self, server: InlineServer, timeout: float = 15) -> None:
         super().__init__(server.host, server.port, timeout=timeout)
@@ -99,13 +99,13 @@ class Client(http.client.HTTPConnection):
 
 
 def ask(server: InlineServer, path: str = "/", body: str | None = None) -> tuple[int, str]:
-    """One question on a connection of its own."""
+    """One request on a connection of its own."""
     with contextlib.closing(Client(server)) as client:
         return client.ask(path, body)
 
 
 def is_free(port: int) -> bool:
-    """Whether somebody could listen on that port now."""
+    """Whether that port can be listened on now."""
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
@@ -117,7 +117,7 @@ def is_free(port: int) -> bool:
 
 @contextlib.contextmanager
 def stopwatch(limit: float) -> Iterator[None]:
-    """Fail if the block takes longer; limits are far above what it takes."""
+    """Fail if the block takes longer than `limit` seconds, which is far above what it takes."""
     began = time.monotonic()
     yield
     took = time.monotonic() - began
@@ -127,8 +127,8 @@ def stopwatch(limit: float) -> Iterator[None]:
 # -- start --------------------------------------------------------------------------------------------
 
 
-def test_a_bare_asgi_function_is_served_when_start_returns(start: Any) -> None:
-    server = start(saying("hello"))
+def test_start_serves_asgi_function(start: Any) -> None:
+    server = start(text_app("hello"))
     assert server.alive
     assert server.url == f"http://127.0.0.1:{server.port}"
     assert ask(server) == (200, "hello")
@@ -137,34 +137,38 @@ def test_a_bare_asgi_function_is_served_when_start_returns(start: Any) -> None:
     assert is_free(server.port)
 
 
-def test_an_answer_does_not_wait_for_the_clients_acknowledgement(start: Any) -> None:
-    server = start(saying("hello"))
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert client.recv(9) == b"HTTP/1.1 "
-        (connection,) = server._uvicorn.server_state.connections
-        accepted = connection.transport.get_extra_info("socket")
-        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+def test_tcp_nodelay(start: Any) -> None:
+    """An answer does not wait for the client's acknowledgement."""
+    options: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":  # uvicorn's `send` is a method of an object that has the transport
+            accepted = send.__self__.transport.get_extra_info("socket")
+            options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            await text_app("hello")(scope, receive, send)
+
+    assert ask(start(app)) == (200, "hello")
+    assert options[0] != 0
 
 
-def test_an_app_may_leave_on_the_lifespan_event_without_a_word(start: Any) -> None:
+def test_app_that_ignores_lifespan(start: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            await saying("still here")(scope, receive, send)
+            await text_app("still here")(scope, receive, send)
 
     assert ask(start(app)) == (200, "still here")
 
 
-def test_a_starlette_app_has_started_before_start_returns_and_ended_before_stop_does(start: Any) -> None:
-    story: list[str] = []
-    server = start(living("app", story))
-    assert story == ["app starts"]
+def test_lifespan_within_start_and_stop(start: Any) -> None:
+    events: list[str] = []
+    server = start(named_app("app", events))
+    assert events == ["app starts"]
     assert ask(server) == (200, "app")  # what the lifespan yields reaches the requests
     server.stop()
-    assert story == ["app starts", "app ends"]
+    assert events == ["app starts", "app ends"]
 
 
-def test_a_lifespan_that_raises_comes_back_as_the_original_exception() -> None:
+def test_lifespan_exception_is_raised() -> None:
     failure = LookupError("no such model")
 
     @contextlib.asynccontextmanager
@@ -181,7 +185,7 @@ def test_a_lifespan_that_raises_comes_back_as_the_original_exception() -> None:
     assert is_free(port)
 
 
-def test_an_app_that_reports_failure_without_raising_gives_a_start_error() -> None:
+def test_lifespan_startup_failed_event() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "no"})
@@ -193,7 +197,7 @@ def test_an_app_that_reports_failure_without_raising_gives_a_start_error() -> No
     assert sock.fileno() == -1
 
 
-def test_system_exit_in_a_lifespan_is_not_swallowed_by_the_thread() -> None:
+def test_system_exit_in_lifespan_is_raised() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise SystemExit(3)
 
@@ -202,7 +206,7 @@ def test_system_exit_in_a_lifespan_is_not_swallowed_by_the_thread() -> None:
     assert not our_threads()
 
 
-def test_interrupting_a_start_that_takes_long_leaves_nothing_behind() -> None:
+def test_interrupt_during_start() -> None:
     cancelled = threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -225,14 +229,14 @@ def test_interrupting_a_start_that_takes_long_leaves_nothing_behind() -> None:
 # -- ports --------------------------------------------------------------------------------------------
 
 
-def test_a_taken_port_is_an_error_that_names_the_port_and_the_remedy() -> None:
+def test_port_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=rf"port {port} is taken.*port=0"):
             bind("127.0.0.1", port)
 
 
-def test_with_tries_the_next_free_port_is_taken() -> None:
+def test_next_free_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with bind("127.0.0.1", port, tries=50) as sock:
@@ -240,30 +244,30 @@ def test_with_tries_the_next_free_port_is_taken() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 10**9, "8000", 8000.5, None])
-def test_a_port_that_cannot_exist_is_refused_with_the_range(port: Any) -> None:
+def test_port_out_of_range(port: Any) -> None:
     with pytest.raises(StartError, match=rf"0 to 65535, got {port!r}"):
         bind("127.0.0.1", port)
 
 
-def test_tries_end_at_the_last_port() -> None:
+def test_no_port_above_65535() -> None:
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # ours or somebody else's: taken either way
+        with contextlib.suppress(OSError):  # in use already: taken either way
             stack.enter_context(socket.create_server(("127.0.0.1", 65535)))
         with pytest.raises(StartError, match="65535 is taken"):
             bind("127.0.0.1", 65535, tries=100)
 
 
-def test_an_address_of_another_machine_is_refused_in_words() -> None:
+def test_address_of_another_machine() -> None:
     with pytest.raises(StartError, match=r"cannot listen on 203\.0\.113\.7:0"):
         bind("203.0.113.7", 0)  # an address reserved for examples
 
 
-def test_an_ipv6_address_gives_a_url_with_brackets() -> None:
+def test_ipv6_url() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 here")
-    server = InlineServer(saying("six"), bind("::1", 0))
+    server = InlineServer(text_app("six"), bind("::1", 0))
     server.start()
     try:
         assert server.url == f"http://[::1]:{server.port}"
@@ -273,36 +277,37 @@ def test_an_ipv6_address_gives_a_url_with_brackets() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_a_server_on_all_addresses_says_one_that_can_be_asked(host: str) -> None:
+def test_url_of_wildcard_address(host: str) -> None:
     try:
         sock = bind(host, 0)
     except StartError:
         pytest.skip(f"cannot listen on {host} here")
     with sock:
-        server = InlineServer(saying("never started"), sock)
+        server = InlineServer(text_app("never started"), sock)
         assert server.url.rpartition(":")[0] in ("http://127.0.0.1", "http://[::1]")
 
 
 # -- stop ---------------------------------------------------------------------------------------------
 
 
-def test_stopping_twice_and_from_several_threads_is_fine(start: Any) -> None:
-    story: list[str] = []
-    server = start(living("app", story))
+def test_stop_is_idempotent(start: Any) -> None:
+    """From several threads as well."""
+    events: list[str] = []
+    server = start(named_app("app", events))
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: server.stop(), range(4))) == [True] * 4
     assert server.stop() is True
-    assert story == ["app starts", "app ends"]
+    assert events == ["app starts", "app ends"]
 
 
-def test_a_server_that_was_never_started_can_be_stopped() -> None:
-    server = InlineServer(saying("never"), bind("127.0.0.1", 0))
+def test_stop_without_start() -> None:
+    server = InlineServer(text_app("never"), bind("127.0.0.1", 0))
     assert server.stop() is True
     assert is_free(server.port)
 
 
-def test_a_server_cannot_be_stopped_from_its_own_thread(start: Any) -> None:
-    server = start(saying("hello"))
+def test_stop_on_own_thread(start: Any) -> None:
+    server = start(text_app("hello"))
 
     async def stop() -> None:
         server.stop()
@@ -312,38 +317,38 @@ def test_a_server_cannot_be_stopped_from_its_own_thread(start: Any) -> None:
     assert ask(server) == (200, "hello")
 
 
-def test_an_idle_keep_alive_connection_does_not_hold_up_stop(start: Any) -> None:
-    server = start(saying("hello"))
+def test_stop_with_idle_connection(start: Any) -> None:
+    server = start(text_app("hello"))
     with contextlib.closing(Client(server)) as client:
         assert client.ask() == (200, "hello")
         with stopwatch(2.5):
             assert server.stop() is True
-        assert client.sock.recv(1) == b""  # closed in order
+        assert client.sock.recv(1) == b""  # closed without a reset
     assert is_free(server.port)
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0])
-def test_stop_lets_a_request_under_way_finish(start: Any, seconds: float) -> None:
-    story: list[str] = []
+def test_stop_finishes_running_request(start: Any, seconds: float) -> None:
+    events: list[str] = []
     inside = threading.Event()
 
     async def slow(request: Request) -> PlainTextResponse:
         inside.set()
         await asyncio.sleep(seconds)
-        story.append("answered")
-        return PlainTextResponse("worth the wait")
+        events.append("answered")
+        return PlainTextResponse("slow answer")
 
-    server = start(living("app", story, slow=slow))
+    server = start(named_app("app", events, slow=slow))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
         assert server.stop(drain_s=20) is True
-        assert answer.result(10) == (200, "worth the wait")
-    # What the app closes in the end, a request may still need.
-    assert story == ["app starts", "answered", "app ends"]
+        assert answer.result(10) == (200, "slow answer")
+    # A request may need what the app closes when it ends.
+    assert events == ["app starts", "answered", "app ends"]
 
 
-def test_stop_gives_up_on_a_request_that_takes_longer_than_the_drain(start: Any) -> None:
+def test_stop_cancels_request_after_drain(start: Any) -> None:
     inside, cancelled = threading.Event(), threading.Event()
 
     async def endless(request: Request) -> PlainTextResponse:
@@ -354,7 +359,7 @@ def test_stop_gives_up_on_a_request_that_takes_longer_than_the_drain(start: Any)
             cancelled.set()
         return PlainTextResponse("never")
 
-    server = start(living("app", [], endless=endless))
+    server = start(named_app("app", [], endless=endless))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/endless")
         assert inside.wait(10)
@@ -366,7 +371,7 @@ def test_stop_gives_up_on_a_request_that_takes_longer_than_the_drain(start: Any)
     assert is_free(server.port)
 
 
-def test_stop_returns_in_time_even_if_the_app_will_not_end(start: Any) -> None:
+def test_stop_with_uncancellable_request(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     async def stubborn(request: Request) -> PlainTextResponse:
@@ -374,14 +379,14 @@ def test_stop_returns_in_time_even_if_the_app_will_not_end(start: Any) -> None:
         while not released.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.02)
-        return PlainTextResponse("at last")
+        return PlainTextResponse("released")
 
-    server = start(living("app", [], stubborn=stubborn))
+    server = start(named_app("app", [], stubborn=stubborn))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/stubborn")
         assert inside.wait(10)
         with stopwatch(15):
-            assert server.stop(drain_s=0.2) is False  # left behind, and it says so
+            assert server.stop(drain_s=0.2) is False  # the thread goes on, and the result says so
         assert is_free(server.port)
         released.set()
         with contextlib.suppress(http.client.HTTPException, ConnectionError):
@@ -389,15 +394,15 @@ def test_stop_returns_in_time_even_if_the_app_will_not_end(start: Any) -> None:
     until(lambda: not server.alive, what="the end of the thread")
 
 
-def test_stop_returns_in_time_and_frees_the_port_even_if_the_app_blocks_the_loop(start: Any) -> None:
+def test_stop_with_blocked_loop(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     async def blocking(request: Request) -> PlainTextResponse:
         inside.set()
         released.wait(30)
-        return PlainTextResponse("at last")
+        return PlainTextResponse("released")
 
-    server = start(living("app", [], blocking=blocking))
+    server = start(named_app("app", [], blocking=blocking))
     with socket.create_connection((server.host, server.port), timeout=10) as client:
         client.sendall(b"GET /blocking HTTP/1.1\r\nHost: x\r\n\r\n")
         assert inside.wait(10)
@@ -408,12 +413,13 @@ def test_stop_returns_in_time_and_frees_the_port_even_if_the_app_blocks_the_loop
         finally:
             released.set()
         with contextlib.suppress(ConnectionError):
-            while client.recv(1000):  # until it is told that there is nothing more to come
+            while client.recv(1000):  # until the server closes the connection
                 pass
     until(lambda: not server.alive, what="the end of the thread")
 
 
-def test_interrupting_stop_ends_the_wait_for_requests_and_not_the_stop(start: Any) -> None:
+def test_interrupt_during_stop(start: Any) -> None:
+    """It ends the wait for requests; the server still stops."""
     inside = threading.Event()
 
     async def endless(request: Request) -> PlainTextResponse:
@@ -421,8 +427,8 @@ def test_interrupting_stop_ends_the_wait_for_requests_and_not_the_stop(start: An
         await asyncio.sleep(60)
         return PlainTextResponse("never")
 
-    story: list[str] = []
-    server = start(living("app", story, endless=endless))
+    events: list[str] = []
+    server = start(named_app("app", events, endless=endless))
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, server, "/endless")
         assert inside.wait(10)
@@ -433,12 +439,12 @@ def test_interrupting_stop_ends_the_wait_for_requests_and_not_the_stop(start: An
         with contextlib.suppress(http.client.HTTPException, ConnectionError):
             assert answer.result(10)[0] >= 500
     assert not server.alive
-    assert story == ["app starts", "app ends"]
+    assert events == ["app starts", "app ends"]
     assert is_free(server.port)
     assert server.stop() is True
 
 
-def test_stop_returns_in_time_while_a_forward_is_stuck_and_the_client_is_told(start: Any) -> None:
+def test_stop_with_stuck_model_call(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     def model(values: list[Any]) -> list[Any]:
@@ -451,7 +457,7 @@ def test_stop_returns_in_time_while_a_forward_is_stuck_and_the_client_is_told(st
         answer = pool.submit(ask, server, "/", "stuck")
         assert inside.wait(10)
         with stopwatch(10):
-            assert server.stop(drain_s=0.2) is True  # the model's thread is stuck, not the server's
+            assert server.stop(drain_s=0.2) is True  # the model thread is stuck, the server thread is not
         try:
             with contextlib.suppress(http.client.HTTPException, ConnectionError):
                 status, body = answer.result(10)
@@ -461,12 +467,12 @@ def test_stop_returns_in_time_while_a_forward_is_stuck_and_the_client_is_told(st
     assert is_free(server.port)
 
 
-def test_the_same_port_serves_again_right_after_stop(start: Any) -> None:
+def test_port_reusable_after_stop(start: Any) -> None:
     port = 0
     for round_ in range(5):
-        server = start(saying(f"round {round_}"), port)
+        server = start(text_app(f"round {round_}"), port)
         port = server.port
-        client = Client(server)  # its side stays open beyond the end of the server
+        client = Client(server)  # its side stays open after the server has stopped
         assert client.ask() == (200, f"round {round_}")
         server.stop()
         client.close()
@@ -475,19 +481,20 @@ def test_the_same_port_serves_again_right_after_stop(start: Any) -> None:
 # -- swap ---------------------------------------------------------------------------------------------
 
 
-def test_a_swap_keeps_the_port_and_open_connections_and_ends_the_old_app(start: Any) -> None:
-    story: list[str] = []
-    server = start(living("old", story))
+def test_swap_keeps_connections(start: Any) -> None:
+    events: list[str] = []
+    server = start(named_app("old", events))
     with contextlib.closing(Client(server)) as client:
         assert client.ask() == (200, "old")
-        server.swap(living("new", story))
+        server.swap(named_app("new", events))
         assert client.ask() == (200, "new")
-    assert story == ["old starts", "new starts", "old ends"]
+    assert events == ["old starts", "new starts", "old ends"]
 
 
-def test_twenty_swaps_under_traffic_cost_no_client_an_error(start: Any) -> None:
+def test_swaps_under_traffic(start: Any) -> None:
+    """Twenty swaps; every request is answered."""
     swaps = 20
-    server = start(living("0", []))
+    server = start(named_app("0", []))
     done = threading.Event()
     seen: list[list[int]] = [[], []]
 
@@ -513,35 +520,35 @@ def test_twenty_swaps_under_traffic_cost_no_client_an_error(start: Any) -> None:
 
         try:
             for version in range(1, swaps + 1):
-                server.swap(living(str(version), []))
+                server.swap(named_app(str(version), []))
                 until(lambda version=version: both_have_seen(version), what="an answer to both")
         finally:
             done.set()
         for client in clients:
             client.result(10)
     for names in seen:
-        assert names == sorted(names)  # never again an old app once a newer one has answered
+        assert names == sorted(names)  # once a newer app has answered, no older one answers
 
 
-def test_a_swap_lets_the_old_app_finish_what_it_has_begun(start: Any) -> None:
-    story: list[str] = []
+def test_swap_finishes_running_request(start: Any) -> None:
+    events: list[str] = []
     inside = threading.Event()
 
     async def slow(request: Request) -> PlainTextResponse:
         inside.set()
         await asyncio.sleep(0.3)
-        return PlainTextResponse(f"by {request.state.name}, {story[-1]}")
+        return PlainTextResponse(f"by {request.state.name}, {events[-1]}")
 
-    server = start(living("old", story, slow=slow))
+    server = start(named_app("old", events, slow=slow))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
-        server.swap(living("new", story))
+        server.swap(named_app("new", events))
         assert answer.result(10) == (200, "by old, new starts")
-    assert story[-1] == "old ends"
+    assert events[-1] == "old ends"
 
 
-def test_a_swap_does_not_wait_for_ever_for_the_old_app(start: Any) -> None:
+def test_swap_bounded_by_drain(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
     async def stuck(request: Request) -> PlainTextResponse:
@@ -549,19 +556,19 @@ def test_a_swap_does_not_wait_for_ever_for_the_old_app(start: Any) -> None:
         await asyncio.to_thread(released.wait, 30)
         return PlainTextResponse("late")
 
-    server = start(living("old", [], stuck=stuck))
+    server = start(named_app("old", [], stuck=stuck))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, server, "/stuck")
         assert inside.wait(10)
         with stopwatch(10):
-            server.swap(living("new", []), drain_s=0.2)
+            server.swap(named_app("new", []), drain_s=0.2)
         assert ask(server) == (200, "new")
         released.set()
         assert answer.result(10) == (200, "late")
 
 
-def test_a_swap_whose_new_app_fails_leaves_the_old_one_answering(start: Any) -> None:
-    story: list[str] = []
+def test_failed_swap_keeps_old_app(start: Any) -> None:
+    events: list[str] = []
     failure = ValueError("broken")
 
     @contextlib.asynccontextmanager
@@ -569,18 +576,18 @@ def test_a_swap_whose_new_app_fails_leaves_the_old_one_answering(start: Any) -> 
         raise failure
         yield
 
-    server = start(living("old", story))
+    server = start(named_app("old", events))
     with contextlib.closing(Client(server)) as client:
         client.ask()
         with pytest.raises(ValueError, match="broken") as caught:
             server.swap(Starlette(lifespan=lifespan))
         assert caught.value is failure
         assert client.ask() == (200, "old")
-    assert story == ["old starts"]
+    assert events == ["old starts"]
 
 
-def test_interrupting_a_swap_while_the_new_app_starts_gives_the_new_one_up(start: Any) -> None:
-    story: list[str] = []
+def test_interrupt_while_new_app_starts(start: Any) -> None:
+    events: list[str] = []
     given_up = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -592,16 +599,16 @@ def test_interrupting_a_swap_while_the_new_app_starts_gives_the_new_one_up(start
             given_up.set()
         yield
 
-    server = start(living("old", story))
+    server = start(named_app("old", events))
     with stopwatch(10), pytest.raises(KeyboardInterrupt):
         server.swap(Starlette(lifespan=lifespan))
     assert given_up.wait(5)
     assert ask(server) == (200, "old")
-    assert story == ["old starts"]
+    assert events == ["old starts"]
 
 
-def test_interrupting_a_swap_while_the_old_app_drains_ends_the_old_one(start: Any) -> None:
-    story: list[str] = []
+def test_interrupt_while_old_app_drains(start: Any) -> None:
+    events: list[str] = []
     inside, released = threading.Event(), threading.Event()
 
     async def slow(request: Request) -> PlainTextResponse:
@@ -613,25 +620,25 @@ def test_interrupting_a_swap_while_the_old_app_drains_ends_the_old_one(start: An
         until(lambda: ask(server) == (200, "new"), what="the new app")
         interrupt_the_main_thread(during="swap")
 
-    server = start(living("old", story, slow=slow))
+    server = start(named_app("old", events, slow=slow))
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
         trap = pool.submit(interrupt)
         with stopwatch(10), pytest.raises(KeyboardInterrupt):
-            server.swap(living("new", story), drain_s=30)
+            server.swap(named_app("new", events), drain_s=30)
         trap.result(5)
         released.set()
         assert answer.result(10)[0] == 200
     assert ask(server) == (200, "new")
-    until(lambda: story[-1] == "old ends", what="the end of the old app")
+    until(lambda: events[-1] == "old ends", what="the end of the old app")
 
 
 # -- run ----------------------------------------------------------------------------------------------
 
 
-def test_run_returns_what_the_coroutine_returns_and_raises_what_it_raises(start: Any) -> None:
-    server = start(saying("hello"))
+def test_run(start: Any) -> None:
+    server = start(text_app("hello"))
 
     async def add(a: int, b: int) -> int:
         assert threading.current_thread().name == "serving-kit-http"
@@ -645,8 +652,8 @@ def test_run_returns_what_the_coroutine_returns_and_raises_what_it_raises(start:
         server.run(fail())
 
 
-def test_run_on_the_servers_own_thread_raises_instead_of_waiting_for_itself(start: Any) -> None:
-    server = start(saying("hello"))
+def test_run_on_own_thread(start: Any) -> None:
+    server = start(text_app("hello"))
 
     async def inner() -> None:
         pytest.fail("never runs")
@@ -658,15 +665,15 @@ def test_run_on_the_servers_own_thread_raises_instead_of_waiting_for_itself(star
         server.run(outer())
 
 
-def test_run_after_stop_raises(start: Any) -> None:
-    server = start(saying("hello"))
+def test_run_after_stop(start: Any) -> None:
+    server = start(text_app("hello"))
     server.stop()
     with pytest.raises(RuntimeError, match="stopped"):
         server.run(asyncio.sleep(0))
 
 
-def test_run_gives_a_coroutine_up_after_its_timeout(start: Any) -> None:
-    server = start(saying("hello"))
+def test_run_timeout(start: Any) -> None:
+    server = start(text_app("hello"))
     cancelled = threading.Event()
 
     async def endless() -> None:
@@ -680,8 +687,8 @@ def test_run_gives_a_coroutine_up_after_its_timeout(start: Any) -> None:
     assert cancelled.wait(5)
 
 
-def test_an_interrupt_during_run_gives_the_coroutine_up_and_leaves_the_server(start: Any) -> None:
-    server = start(saying("hello"))
+def test_interrupt_during_run(start: Any) -> None:
+    server = start(text_app("hello"))
     cancelled = threading.Event()
 
     async def endless() -> None:
@@ -708,7 +715,7 @@ NOISE = """
 
     async def app(scope, receive, send):
         if scope["type"] != "http":
-            raise RuntimeError("no lifespan here")
+            raise RuntimeError("no lifespan support")
         if scope["path"] == "/late":
             await send({"type": "http.response.start", "status": 200, "headers": []})
         if scope["path"] == "/warn":
@@ -716,7 +723,7 @@ NOISE = """
         if scope["path"] == "/task":
             import asyncio
             async def forgotten():
-                raise RuntimeError("nobody awaits this")
+                raise RuntimeError("this is not awaited")
             asyncio.create_task(forgotten())
             await asyncio.sleep(0.01)
         raise LookupError("in the app")
@@ -743,16 +750,16 @@ NOISE = """
 
 
 @pytest.mark.parametrize("user", ["basicConfig", "nothing"])
-def test_a_server_thread_writes_nothing_whatever_happens_to_it(user: str) -> None:
+def test_no_output_from_server_thread(user: str) -> None:
     """Also with broken apps, bytes that are no HTTP, forgotten tasks, and logging set to DEBUG."""
     kept = run_script(NOISE, user).stdout
     assert len(kept.splitlines()) == 1, kept  # the one line that the main thread prints
     for line in ("LookupError: in the app", "Invalid HTTP request", "UserWarning: from a server thread"):
         assert line in kept
-    assert "nobody awaits this" in kept
+    assert "this is not awaited" in kept
 
 
-def test_nothing_reaches_the_terminal_of_this_process(start: Any, capfd: Any) -> None:
+def test_no_output_with_root_handler(start: Any, capfd: Any) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise LookupError("in the app")
 
@@ -771,7 +778,7 @@ def test_nothing_reaches_the_terminal_of_this_process(start: Any, capfd: Any) ->
 
 
 def logging_setup() -> dict[str, Any]:
-    """Everything that a user may have set up, by logger."""
+    """What a user may have set up, by logger."""
     loggers: dict[str, Any] = {"": logging.getLogger()}
     loggers |= {n: each for n, each in logging.root.manager.loggerDict.items() if hasattr(each, "handlers")}
     setup: dict[str, Any] = {
@@ -790,16 +797,16 @@ def logging_setup() -> dict[str, Any]:
     return setup
 
 
-def test_the_users_logging_is_as_it_was_after_stop(start: Any, capfd: Any) -> None:
-    mine = logging.getLogger("uvicorn.error")  # somebody else's uvicorn may be set up in this process
+def test_logging_setup_restored(start: Any, capfd: Any) -> None:
+    mine = logging.getLogger("uvicorn.error")  # another uvicorn may be set up in this process
     handler = logging.StreamHandler(sys.stderr)
     mine.addHandler(handler)
     mine.setLevel(logging.INFO)
     mine.propagate = False
     try:
-        start(saying("warm-up: loggers are made when they are first used")).stop()
+        start(text_app("warm-up: loggers are made when they are first used")).stop()
         before = logging_setup()
-        server = start(saying("hello"))
+        server = start(text_app("hello"))
         during = logging_setup()
         for name, state in before.items():
             if name not in ("last resort", "warnings"):
@@ -818,7 +825,7 @@ def test_the_users_logging_is_as_it_was_after_stop(start: Any, capfd: Any) -> No
         mine.propagate = True
 
 
-def test_what_went_wrong_on_the_thread_can_be_read_afterwards(start: Any) -> None:
+def test_errors_of_server_thread_are_kept(start: Any) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise LookupError(f"found by {id(start)}")
 
@@ -827,7 +834,7 @@ def test_what_went_wrong_on_the_thread_can_be_read_afterwards(start: Any) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_does_not_keep_the_port_busy() -> None:
+def test_forked_child_does_not_hold_port() -> None:
     done = run_script(
         """
         import os, socket
@@ -850,16 +857,14 @@ def test_a_forked_child_does_not_keep_the_port_busy() -> None:
             os.waitpid(child, 0)
         print("free")
         """,
-        warnings="ignore",  # Python warns of forks in threaded programs since 3.12; that is the point
+        warnings="ignore",  # Python warns of forks in threaded programs since 3.12
     )
     assert done.stdout.splitlines()[-1] == "free"
 
 
 @pytest.mark.parametrize("connected", [False, True])
-def test_a_script_that_falls_off_its_end_exits_soon_and_its_app_is_shut_down(
-    tmp_path: Path, connected: bool
-) -> None:
-    written = tmp_path / "story"
+def test_app_shut_down_at_script_end(tmp_path: Path, connected: bool) -> None:
+    written = tmp_path / "events"
     with stopwatch(20):
         run_script(
             """
@@ -886,7 +891,7 @@ def test_a_script_that_falls_off_its_end_exits_soon_and_its_app_is_shut_down(
     assert written.read_text() == "shut down"
 
 
-# -- event loops, patched or not ----------------------------------------------------------------------
+# -- patched event loops ----------------------------------------------------------------------
 
 NESTED = """
     import importlib, sys
@@ -949,9 +954,7 @@ NESTED = """
         ),
     ],
 )
-def test_serving_works_whatever_loops_there_are_and_have_been_patched(
-    nest: str, uvloop: str, order: str
-) -> None:
+def test_patched_event_loops(nest: str, uvloop: str, order: str) -> None:
     for package in {nest, uvloop.removeprefix("with ")} - {"none", "without uvloop"}:
         pytest.importorskip(package)
     if nest == "nest_asyncio" and sys.version_info >= (3, 14):

@@ -1,4 +1,4 @@
-"""Options from the command line, the environment and a file: their order, and what is said of bad ones."""
+"""Options from the command line, the environment and a file: their order, and the messages about bad ones."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def settings_of_app(
     return settings
 
 
-def test_an_app_takes_code_before_environment_before_file_before_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_of_sources_for_create_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code, environment, file, default."""
     file = tmp_path / "settings.toml"
     file.write_text("max_batch_size = 2\nmax_wait_ms = 2\nmax_queue_size = 2\n")
     variables = {
@@ -66,9 +65,7 @@ def test_an_app_takes_code_before_environment_before_file_before_default(
     ]
 
 
-def test_serve_in_a_notebook_does_not_read_the_environment(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_ignores_environment(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVING_KIT_MAX_BATCH_SIZE", "3")
     assert serve(lambda texts: texts).settings.max_batch_size == 32
 
@@ -85,7 +82,7 @@ def test_serve_in_a_notebook_does_not_read_the_environment(
         ("SERVING_KIT_SETTINGS", "/no/such/file.toml", "/no/such/file.toml: it cannot be read"),
     ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_source(
+def test_bad_value_in_environment(
     variable: str,
     text: str,
     complaint: str,
@@ -113,7 +110,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_source(
         ("[settings]\nmax_batch_size = 8", "there is no option named 'settings'"),
     ],
 )
-def test_a_bad_file_is_refused_by_its_name(
+def test_bad_settings_file(
     content: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "my.toml"
@@ -122,9 +119,10 @@ def test_a_bad_file_is_refused_by_its_name(
     assert re.search(f"^serving-kit: {re.escape(str(file))}: {complaint}", capsys.readouterr().err)
 
 
-def test_a_misspelt_variable_is_reported_and_those_of_kubernetes_are_not(
+def test_unknown_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Those that Kubernetes sets are not reported."""
     monkeypatch.setenv("SERVING_KIT_MAX_BATCHSIZE", "8")
     # What a pod gets that runs beside a Service of the name serving-kit.
     monkeypatch.setenv("SERVING_KIT_PORT", "tcp://10.0.0.11:8000")
@@ -137,7 +135,7 @@ def test_a_misspelt_variable_is_reported_and_those_of_kubernetes_are_not(
     assert len(said) == 1
 
 
-def test_every_option_of_the_command_can_also_come_from_the_environment_and_a_file(
+def test_every_command_option_has_a_source(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit):
@@ -150,22 +148,24 @@ def test_every_option_of_the_command_can_also_come_from_the_environment_and_a_fi
     assert set(KNOBS) < names
 
 
-# The command as far as it goes without torch: what it would load and serve, printed by a stand-in.
+# The command as far as it goes without torch: a substitute prints what it would load.
 COMMAND = """
 import json, sys
-import serving_kit.cli as cli
-import serving_kit.models.loading as loading
+from serving_kit.errors import StartError
+from serving_kit.models import loading
 
 def load_model(model, **how):
     print(json.dumps({"model": model, **how}))
-    raise cli.StartError("that is all")
+    raise StartError("that is all")
 
-loading.load_model = load_model
+loading.load_model = load_model  # before the command imports it
+from serving_kit import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_the_command_takes_its_line_before_the_environment_before_the_file(tmp_path: Path) -> None:
+def test_order_of_sources_for_command(tmp_path: Path) -> None:
+    """Command line, environment, file."""
     file = tmp_path / "settings.toml"
     file.write_text("model = 'of/file'\ntask = 'of-file'\ndevice = 'of-file'\nport = 0\nthreads = 2\n")
     done = subprocess.run(
@@ -186,7 +186,7 @@ def test_the_command_takes_its_line_before_the_environment_before_the_file(tmp_p
     assert loading == "loading of/line"
     how = json.loads(asked)
     assert how.pop("most_threads") >= 1
-    asked_for = {"model": "of/line", "task": "of-environment", "device": "of-file", "threads": 2}
-    assert how == {**asked_for, "pipeline_kwargs": {}, "shortcuts": True}
+    wanted = {"model": "of/line", "task": "of-environment", "device": "of-file", "threads": 2}
+    assert {name: how[name] for name in wanted} == wanted
     assert "that is all" in done.stderr
     assert "SERVING_KIT_TSAK is not known and has no effect; did you mean SERVING_KIT_TASK?" in done.stderr

@@ -1,4 +1,4 @@
-"""The README does what it says: its commands and its Python."""
+"""The README's commands and Python code."""
 
 import json
 import re
@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import serving_kit
 from tests.support import REPOSITORY, until
-from tests.test_cli import free_port
+from tests.support_http import free_port
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -29,7 +29,7 @@ def commands() -> list[str]:
     return [re.sub(r"\s*\\\n\s*", " ", found) for found in re.findall(r"^\$ ((?:.*\\\n)*.*)", text, re.M)]
 
 
-def test_the_make_targets_exist() -> None:
+def test_make_targets() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = [command.split()[1] for command in commands() if command.startswith("make ")]
     assert targets == ["demo", "test", "lab"]
@@ -37,7 +37,7 @@ def test_the_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-def test_the_python_of_the_notebook_part_and_its_curl_commands_work() -> None:
+def test_notebook_code_and_curl() -> None:
     port = 0
     names: dict[str, object] = {}
     ours = [block for block in blocks("python") if "create_app" not in block]
@@ -57,7 +57,7 @@ def test_the_python_of_the_notebook_part_and_its_curl_commands_work() -> None:
     assert not server.running
 
 
-def test_the_server_of_four_lines_and_the_commands_without_a_notebook(tmp_path: Path) -> None:
+def test_commands_without_notebook(tmp_path: Path) -> None:
     (source,) = (block for block in blocks("python") if "create_app" in block)
     (tmp_path / "server.py").write_text(source)
     bin_ = Path(sys.executable).parent

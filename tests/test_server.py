@@ -1,47 +1,21 @@
-"""`serve()` and its handle: stopped, replaced, moved, forked, waited for by a script."""
+"""`Server`: calls, stop, replacement, what is left in forked children."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import http.client
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 
-import serving_kit
-from serving_kit import ServingError, StartError, Unavailable
-from tests.support import REPOSITORY, run_script, until
+from serving_kit import ServingError, Unavailable
+from tests.support import BlockingFunction, NamedModel, run_script
 
 pytestmark = pytest.mark.light
 
-
-class Model:
-    """Answers with its name. An instance, so that a weak reference can tell when it is gone."""
-
-    def __init__(self, name: str = "model") -> None:
-        self.__name__ = name
-
-    def __call__(self, values: list[Any]) -> list[Any]:
-        return [self.__name__ for _ in values]
-
-
-def port_of(server: Any) -> int:
-    return int(server.url.rpartition(":")[2])
-
-
-# -- a handle whose server is gone ----------------------------------------------------------------
 
 ASKS: list[Callable[[Any], Any]] = [
     lambda server: server("hello"),
@@ -51,8 +25,8 @@ ASKS: list[Callable[[Any], Any]] = [
 
 
 @pytest.mark.parametrize("ask", ASKS, ids=["call", "predict", "tune"])
-def test_a_stopped_server_raises_unavailable(serve: Any, ask: Callable[[Any], Any]) -> None:
-    server = serve(Model())
+def test_use_after_stop(serve: Any, ask: Callable[[Any], Any]) -> None:
+    server = serve(NamedModel())
     server.stop()
     with pytest.raises(Unavailable, match="the server has stopped") as raised:
         ask(server)
@@ -62,150 +36,47 @@ def test_a_stopped_server_raises_unavailable(serve: Any, ask: Callable[[Any], An
 
 
 @pytest.mark.parametrize("ask", ASKS, ids=["call", "predict", "tune"])
-def test_a_replaced_server_raises_unavailable_and_changes_nothing(
-    serve: Any, ask: Callable[[Any], Any]
-) -> None:
-    old, new = serve(Model("old")), serve(Model("new"))
+def test_use_after_replacement(serve: Any, ask: Callable[[Any], Any]) -> None:
+    old, new = serve(NamedModel("old")), serve(NamedModel("new"))
     with pytest.raises(Unavailable, match="replaced by a newer run"):
         ask(old)
     assert new.settings.max_batch_size == 32
     assert new("hello") == "new"
 
 
-def test_who_waits_for_an_answer_when_the_server_stops_is_told_so(serve: Any) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-
-    def slow(texts: list[str]) -> list[str]:
-        inside.set()
-        go_on.wait(30)
-        return texts
-
-    server = serve(slow)
-    raised: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            server("hello")
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    assert inside.wait(10)
-    server.stop(0)
-    thread.join(10)
-    go_on.set()
-    [error] = raised
-    assert isinstance(error, Unavailable)
+def test_stop_ends_waiting_call(serve: Any) -> None:
+    blocking = BlockingFunction()
+    server = serve(blocking)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(server, "hello")
+        assert blocking.inside.wait(10)
+        server.stop(0)
+        assert isinstance(call.exception(10), Unavailable)
+        blocking.open.set()
 
 
-def test_stop_none_means_the_servers_own_drain_time(serve: Any) -> None:
-    server = serve(Model())
+def test_stop_none_uses_drain_s(serve: Any) -> None:
+    server = serve(NamedModel())
     server.stop(None)
     assert not server.running
 
 
-@pytest.mark.parametrize("host", [None, "", 8000])
-def test_a_host_that_is_none_is_refused_with_what_to_say_instead(host: Any) -> None:
-    with pytest.raises(StartError, match=r'host must be a name or an address.*"0\.0\.0\.0"'):
-        serving_kit.serve(Model(), port=0, host=host)
+def test_drain_s_covers_kernel_calls(serve: Any) -> None:
+    blocking = BlockingFunction()
+    server = serve(blocking, drain_s=30)
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(server, "x")
+        assert blocking.inside.wait(10)
+        stopped = pool.submit(server.stop)
+        assert not stopped.done()
+        threading.Event().wait(6)  # longer than the default of 5 s
+        blocking.open.set()
+        assert call.result(30) == "x"
+        stopped.result(30)
 
 
-def test_as_code_names_every_argument_that_was_given(serve: Any) -> None:
-    server = serve(
-        Model(),
-        port=0,
-        allowed_hosts=["models.example.org"],
-        allowed_origins=["https://example.org"],
-        drain_s=7,
-        max_batch_size=4,
-    )
-    assert server.as_code() == (
-        "serving_kit.serve(model, port=0, allowed_hosts=['models.example.org'], "
-        "allowed_origins=['https://example.org'], drain_s=7.0, max_batch_size=4)"
-    )
-
-
-# -- a re-run -------------------------------------------------------------------------------------
-
-
-def test_a_rerun_with_another_host_keeps_the_port(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    old = serve(Model("old"))
-    port = port_of(old)
-    capsys.readouterr()
-    new = serve(Model("new"), port=port, host="0.0.0.0")
-    printed = capsys.readouterr().out
-    assert port_of(new) == port
-    assert "taken" not in printed
-    assert new.token == old.token
-    answer = httpx.post(new.url, content="x", headers={"authorization": f"Bearer {new.token}"})
-    assert answer.json() == "new"
-    assert httpx.post(new.url, content="x").status_code == 401, "the new host's rule holds"
-    back = serve(Model("back"), port=port)
-    assert port_of(back) == port
-    assert httpx.post(back.url, content="x").json() == "back"
-    assert serving_kit.servers() == [back]
-
-
-def test_a_rerun_with_a_host_that_cannot_be_had_leaves_the_old_server(serve: Any) -> None:
-    old = serve(Model("old"))
-    port = port_of(old)
-    with pytest.raises(StartError, match="cannot listen"):
-        serve(Model("new"), port=port, host="192.0.2.1")
-    assert httpx.post(old.url, content="x").json() == "old"
-    assert serving_kit.servers() == [old]
-
-
-def test_a_port_that_another_server_of_ours_has_is_said_to_be_its(
-    serve: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = serve(Model(), name="first")
-    capsys.readouterr()
-    serve(Model(), name="second", port=port_of(first))
-    assert f"because port {port_of(first)} is taken by the server 'first'" in capsys.readouterr().out
-
-
-class Watching(Model):
-    """Notes, when it is about to be loaded, whether another model is still in memory."""
-
-    def __init__(self, other: weakref.ref[Any]) -> None:
-        super().__init__("new")
-        self._other = other
-        self.saw: list[bool] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "preprocess":  # is it a pipeline?
-            self.saw.append(self._other() is not None)
-        raise AttributeError(name)
-
-
-@pytest.mark.parametrize("stop_first", [False, True])
-def test_stop_first_lets_go_of_the_old_model_before_the_new_one_is_loaded(
-    serve: Any, stop_first: bool
-) -> None:
-    model = Model("old")
-    old = serve(model)
-    port = port_of(old)
-    new_model = Watching(weakref.ref(model))
-    del model
-    new = serve(new_model, stop_first=stop_first)
-    assert new_model.saw == [not stop_first]
-    assert port_of(new) == port
-    assert new.token == old.token
-    assert new("hello") == "new"
-    assert serving_kit.servers() == [new]
-
-
-def test_stop_first_leaves_no_server_if_the_new_model_cannot_be_loaded(serve: Any) -> None:
-    old = serve(Model("old"))
-    with pytest.raises(StartError):
-        serve(42, stop_first=True)
-    assert not old.running
-    assert serving_kit.servers() == []
-
-
-class SlowToLoad(Model):
-    """Takes its time before it is known what it is."""
+class SlowToLoad(NamedModel):
+    """Blocks while it is loaded, until `go_on`."""
 
     def __init__(self) -> None:
         super().__init__("slow")
@@ -218,8 +89,9 @@ class SlowToLoad(Model):
         raise AttributeError(name)
 
 
-def test_stopping_one_server_does_not_wait_for_another_to_load(serve: Any) -> None:
-    server = serve(Model(), name="running")
+def test_stop_during_other_load(serve: Any) -> None:
+    """Stopping a server does not wait for another one to load."""
+    server = serve(NamedModel(), name="running")
     model = SlowToLoad()
     loads = threading.Thread(target=lambda: serve(model, name="loading"))
     loads.start()
@@ -234,7 +106,20 @@ def test_stopping_one_server_does_not_wait_for_another_to_load(serve: Any) -> No
     assert stopped
 
 
-# -- a forked child -------------------------------------------------------------------------------
+def test_as_code(serve: Any) -> None:
+    server = serve(
+        NamedModel(),
+        port=0,
+        allowed_hosts=["models.example.org"],
+        allowed_origins=["https://example.org"],
+        drain_s=7,
+        max_batch_size=4,
+    )
+    assert server.as_code() == (
+        "serving_kit.serve(model, port=0, allowed_hosts=['models.example.org'], "
+        "allowed_origins=['https://example.org'], drain_s=7.0, max_batch_size=4)"
+    )
+
 
 FORK = """
 import http.client, os, sys, warnings
@@ -260,189 +145,5 @@ client.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-def test_a_forked_child_does_not_keep_a_clients_connection_open() -> None:
+def test_forked_child_holds_no_connection() -> None:
     assert run_script(FORK, timeout=60).stdout.splitlines()[-1] == "closed"
-
-
-# -- a script -------------------------------------------------------------------------------------
-
-WAITING = """
-import signal, sys, time
-from pathlib import Path
-import serving_kit
-
-def slow(texts):
-    print("inside", flush=True)
-    sys.stdin.readline()
-    return texts
-
-server = serving_kit.serve(slow, port=0, drain_s=60)
-print(server.url, flush=True)
-server.wait()
-print("after", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
-"""
-
-
-@pytest.fixture
-def script() -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING],
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    ) as process:
-        yield process
-        process.kill()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_script_that_waits_finishes_its_work_when_it_is_asked_to_stop(
-    script: subprocess.Popen[str], number: signal.Signals
-) -> None:
-    assert script.stdin is not None
-    assert script.stdout is not None
-    assert "a script must call server.wait()" in script.stdout.readline()
-    url = script.stdout.readline().strip()
-    client = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=60)
-    client.request("POST", "/", b"x")
-    assert script.stdout.readline() == "inside\n"
-    with httpx.Client(base_url=url) as other:
-        script.send_signal(number)
-        until(lambda: other.get("/health").status_code == 503, timeout=30)
-    script.stdin.write("\n")
-    script.stdin.flush()
-    assert json.loads(client.getresponse().read()) == "x"
-    client.close()
-    rest, _ = script.communicate(timeout=60)
-    assert rest == "after True\n"
-    assert script.returncode == 0
-
-
-def test_an_interactive_interpreter_is_not_told_to_wait() -> None:
-    done = subprocess.run(
-        [sys.executable, "-i", "-c", "import serving_kit"],
-        input="serving_kit.serve(lambda texts: texts, port=0).stop()\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert "serving <lambda> (function, python) at" in done.stdout
-    assert "wait()" not in done.stdout
-
-
-# -- mistakes that are found when the server is started ---------------------------------------------------
-
-
-def two_arguments(texts: list[str], mark: str) -> list[str]:
-    return [text + mark for text in texts]
-
-
-@pytest.mark.parametrize(
-    ("function", "names"),
-    [(two_arguments, "two_arguments"), (lambda: [1], "<lambda>"), (lambda *, texts: texts, "<lambda>")],
-)
-def test_a_function_that_cannot_be_called_with_one_list_is_refused(function: Any, names: str) -> None:
-    with pytest.raises(serving_kit.StartError, match=f"{names} cannot be called with one list"):
-        serving_kit.serve(function, port=0)
-
-
-@pytest.mark.parametrize("function", [str.split, sorted, list, functools.partial(two_arguments, mark="!")])
-def test_what_can_be_called_with_one_list_is_not(serve: Any, function: Any) -> None:
-    assert serve(function).running
-
-
-@pytest.mark.parametrize(
-    ("typo", "meant"), [("devce", "device"), ("prot", "port"), ("max_batch_siz", "max_")]
-)
-def test_a_typo_is_told_the_nearest_argument(typo: str, meant: str) -> None:
-    with pytest.raises(serving_kit.SettingError, match=f"did you mean {meant}"):
-        serving_kit.serve(two_arguments, **{typo: 1})
-
-
-def test_a_required_token_is_said_where_it_is(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    server = serve(sorted, require_token=True)
-    assert "every request needs server.token" in capsys.readouterr().out
-    refused = httpx.post(server.url, content="x")
-    assert refused.status_code == 401
-    assert (
-        "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
-        in refused.json()["error"]
-    )
-
-
-# -- a re-run on another port ------------------------------------------------------------------------------
-
-
-class Gate:
-    """Answers when it is opened."""
-
-    def __init__(self) -> None:
-        self.inside, self.open = threading.Event(), threading.Event()
-
-    def __call__(self, texts: list[str]) -> list[str]:
-        self.inside.set()
-        assert self.open.wait(60)
-        return texts
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def test_a_re_run_on_another_port_drains_the_old_server(serve: Any) -> None:
-    """What it has admitted is answered, and what comes meanwhile is refused, or it would never end."""
-    gate = Gate()
-    old = serve(gate, drain_s=30, max_batch_size=1)
-    with ThreadPoolExecutor(3) as pool:
-        admitted = pool.submit(httpx.post, old.url, content="x", timeout=60)
-        assert gate.inside.wait(10)
-        again = pool.submit(serve, Model("new"), port=free_port())
-        until(lambda: httpx.get(f"{old.url}/health").json()["status"] == "draining")
-        late = httpx.post(old.url, content="y", timeout=60)
-        gate.open.set()
-        new = again.result(30)
-        assert admitted.result(30).status_code == 200
-    assert (late.status_code, late.json()["error_type"]) == (503, "unavailable")
-    assert new("x") == "new"
-
-
-def test_interrupting_the_drain_of_a_re_run_on_another_port_leaves_the_new_server(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = serve(Model("old"))
-    stop, port = old._inline.stop, free_port()
-
-    def interrupted(drain_s: float = 5.0) -> bool:
-        stop(0)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(old._inline, "stop", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            serving_kit.serve(Model("new"), port=port)
-    [new] = serving_kit.servers()
-    try:
-        assert httpx.post(f"http://127.0.0.1:{port}/", content="x").json() == "new"
-        assert "replaced" in repr(old)
-    finally:
-        new.stop()
-
-
-def test_calls_of_the_kernel_get_the_drain_time_of_the_server(serve: Any) -> None:
-    gate = Gate()
-    server = serve(gate, drain_s=30)
-    with ThreadPoolExecutor(2) as pool:
-        call = pool.submit(server, "x")
-        assert gate.inside.wait(10)
-        stopped = pool.submit(server.stop)
-        assert not stopped.done()
-        threading.Event().wait(6)  # longer than the default of 5 s
-        gate.open.set()
-        assert call.result(30) == "x"
-        stopped.result(30)

@@ -16,7 +16,7 @@ from tests.support import REPOSITORY
 pytestmark = pytest.mark.light
 
 
-def test_the_defaults_are_those_of_the_design() -> None:
+def test_defaults() -> None:
     assert Settings().to_dict() == {
         "max_batch_size": 32,
         "max_wait_ms": 0.0,
@@ -32,7 +32,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
 
 
 @pytest.mark.parametrize("name", KNOBS)
-def test_every_knob_refuses_what_is_outside_its_range(name: str) -> None:
+def test_bad_value(name: str) -> None:
     """The message names the knob, the range and the value."""
     knob = KNOBS[name]
     assert knob.doc
@@ -42,14 +42,14 @@ def test_every_knob_refuses_what_is_outside_its_range(name: str) -> None:
         assert str(caught.value) == f"{name} must be {knob.range}, got {bad!r}"
 
 
-def test_every_knob_is_live_and_has_an_owner() -> None:
+def test_schema_of_each_knob() -> None:
     for name, schema in settings_schema().items():
         assert schema["x-live"] is True
         assert schema["x-owner"] in ("http", "engine", "scheduling")
         assert schema["default"] == getattr(Settings(), name)
 
 
-def test_the_table_in_the_readme() -> None:
+def test_table_in_readme() -> None:
     rows = ["| knob | default | range | meaning |", "|---|---|---|---|"]
     for name, knob in KNOBS.items():
         default = json.dumps(knob.default).strip('"')
@@ -60,14 +60,14 @@ def test_the_table_in_the_readme() -> None:
     assert table[1] == "\n".join(rows)
 
 
-def test_a_bound_itself_is_inside() -> None:
+def test_bounds_are_inclusive() -> None:
     for name, knob in KNOBS.items():
         for value in (knob.low, knob.high, *knob.choices):
             if value is not None:
                 assert getattr(Settings(**{name: value}), name) == value
 
 
-def test_numbers_get_their_knobs_type() -> None:
+def test_numbers_are_converted() -> None:
     settings = Settings(max_batch_size=8.0, max_wait_ms=5)
     assert isinstance(settings.max_batch_size, int)
     assert isinstance(settings.max_wait_ms, float)
@@ -76,7 +76,7 @@ def test_numbers_get_their_knobs_type() -> None:
         Settings(max_batch_size=True)
 
 
-def test_a_change_is_a_new_object_and_a_bad_one_changes_nothing() -> None:
+def test_replace() -> None:
     old = Settings()
     assert old.replace(max_batch_size=1).max_batch_size == 1
     assert old == Settings()
@@ -100,6 +100,6 @@ _values: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(values=st.fixed_dictionaries({}, optional=_values))
-def test_settings_survive_json(values: dict[str, Any]) -> None:
+def test_json_round_trip(values: dict[str, Any]) -> None:
     settings = Settings(**values)
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings

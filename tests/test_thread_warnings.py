@@ -1,4 +1,4 @@
-"""Filters of `warnings` in a cell decide about the cell's own warnings, never about a client's answer."""
+"""Filters of `warnings` in a cell apply to the cell's own warnings, not to those of the model thread."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_answers(server: Any) -> None:
     assert server(["a", "b"]) == ["A", "B"]
 
 
-def test_a_warning_on_the_model_thread_is_no_error_and_is_kept_for_the_owner(serve: Any) -> None:
+def test_warning_on_model_thread_is_kept(serve: Any) -> None:
     server = serve(warn)
     warnings.simplefilter("error")
     assert_answers(server)
@@ -48,7 +48,7 @@ def test_a_warning_on_the_model_thread_is_no_error_and_is_kept_for_the_owner(ser
         warn(["mine"])
 
 
-def test_however_the_cell_changes_the_filters_meanwhile(serve: Any) -> None:
+def test_filters_changed_while_serving(serve: Any) -> None:
     server = serve(warn)
     warnings.simplefilter("error")
     assert_answers(server)
@@ -62,7 +62,8 @@ def test_however_the_cell_changes_the_filters_meanwhile(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("action", ["once", "default", "module"])
-def test_what_the_model_has_warned_of_is_still_shown_in_the_cell(serve: Any, action: Any) -> None:
+def test_warning_registry_stays_clean(serve: Any, action: Any) -> None:
+    """A cell still shows what the model has warned of."""
     assert_answers(serve(warn))
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter(action)
@@ -70,7 +71,7 @@ def test_what_the_model_has_warned_of_is_still_shown_in_the_cell(serve: Any, act
     assert [str(each.message) for each in shown] == ["about x"]
 
 
-def test_the_filters_are_the_users_own_again_after_the_last_server(serve: Any) -> None:
+def test_filters_restored(serve: Any) -> None:
     warnings.simplefilter("error")
     before = list(warnings.filters)
     first, second = serve(warn, name="first"), serve(warn, name="second")
@@ -80,7 +81,8 @@ def test_the_filters_are_the_users_own_again_after_the_last_server(serve: Any) -
     assert list(warnings.filters) == before
 
 
-def test_libraries_may_copy_the_filters_and_send_them_to_processes_without_the_kit(serve: Any) -> None:
+def test_filters_can_be_copied_and_pickled(serve: Any) -> None:
+    """For processes that do not have the kit."""
     script = """
         import pickle, sys, warnings
         warnings.filters[:] = pickle.load(sys.stdin.buffer)
@@ -101,7 +103,7 @@ def test_libraries_may_copy_the_filters_and_send_them_to_processes_without_the_k
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_thread_of_the_users_own_keeps_the_users_filters(serve: Any) -> None:
+def test_user_thread_keeps_user_filters(serve: Any) -> None:
     server = serve(warn)
     warnings.simplefilter("error")
     assert_answers(server)
@@ -119,7 +121,7 @@ def test_a_thread_of_the_users_own_keeps_the_users_filters(serve: Any) -> None:
     assert len(raised) == 1
 
 
-def test_nothing_is_printed_in_a_process_that_makes_every_warning_an_error() -> None:
+def test_process_with_warnings_as_errors() -> None:
     run_script(
         """
         import warnings

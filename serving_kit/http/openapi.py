@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 Schema = Mapping[str, object]  # a JSON schema
 Content = Mapping[str, Schema]  # media type: its schema
 
-ANY: Schema = {}
 TEXT: Schema = {"type": "string"}
 OBJECT: Schema = {"type": "object"}
 SETTINGS: Schema = {"$ref": "#/components/schemas/Settings"}

@@ -7,7 +7,6 @@ request: `access.py` has decided before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
@@ -29,6 +28,7 @@ from serving_kit.http.openapi import Schema, Subject
 from serving_kit.http.strict_json import dump_json, parse_json
 from serving_kit.metrics import HISTORY_S, gauge
 from serving_kit.models.tasks import parameters_schema
+from serving_kit.notebook import assets
 from serving_kit.service import Service
 from serving_kit.stats_json import stats_json
 from serving_kit.status import State
@@ -40,9 +40,6 @@ NOT_STARTED = (
 # Bounds of their own, because max_body_bytes=1 or timeout_ms=1 would reject every later change, too.
 _MAX_SETTINGS_BYTES = 2**16  # all settings as JSON are 1 KiB
 _SETTINGS_BODY_S = 10.0
-_NOTEBOOK = Path(__file__).parent.parent / "notebook"
-_PAGE = _NOTEBOOK / "panel.html"
-_SCRIPTS = [_NOTEBOOK / name for name in ("charts.js", "panel.js")]  # one module
 
 
 class _Health(NamedTuple):
@@ -59,13 +56,12 @@ class _Health(NamedTuple):
 
 async def page(request: Request) -> Response:
     """GET /: the live panel as a page."""
-    return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+    return HTMLResponse(assets.page())
 
 
 async def script(request: Request) -> Response:
     """GET /panel.js: the panel's own code, the same that the notebook runs."""
-    text = "".join(path.read_text(encoding="utf-8") for path in _SCRIPTS)
-    return Response(text, media_type="text/javascript")
+    return Response(assets.script(), media_type="text/javascript")
 
 
 async def health(request: Request) -> Response:

@@ -26,6 +26,7 @@ from serving_kit.failures.classify import WrongNumberOfOutputs
 from serving_kit.model import Done, FailureKind, Input, Limits, Part, Prepared, Timing, Work
 from serving_kit.models import memory
 
+_ONE_TOKEN = Work()
 _JSON_ATOMS = (str, int, float, bool, type(None))
 _ATOMS = frozenset({*_JSON_ATOMS, complex, bytes})
 
@@ -74,11 +75,11 @@ class CallableModel:
 
     def estimate(self, value: object) -> Work:
         """One token: nothing is known about what an input costs. Loop thread."""
-        return Work()
+        return _ONE_TOKEN
 
     def prepare(self, value: object, parameters: Mapping[str, object]) -> Prepared[Input]:
         """Keep the value as it is. Model thread."""
-        return Prepared(Input(value, parameters), Work(), _key(parameters))
+        return Prepared(Input(value, parameters), _ONE_TOKEN, _key(parameters))
 
     def step(self, parts: Sequence[Part]) -> list[Done]:
         """Call the function with the list of values: all parts are done. Model thread.

@@ -10,7 +10,7 @@ here are served: those of text hand it to their tokenizer and nothing else, and 
 get what `media.py` has decoded.
 
 Not here: what single tasks do differently (`task_steps.py`), the shape of the answer for each client
-(`formats.py`).
+(`http/dialects/`).
 """
 
 from __future__ import annotations

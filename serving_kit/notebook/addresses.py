@@ -1,7 +1,7 @@
 """The address at which a browser reaches a port of this kernel.
 
-A kernel may run far from the browser that shows its notebook. Every hosted notebook has its own way to
-pass a port through, and says so in its environment; what is not recognised is taken to be local.
+A kernel may run far from the browser that shows its notebook. Each hosted notebook has its own way to
+pass a port through, and its own environment variables; any other environment is taken to be local.
 
 Not here: the address for code in the kernel, which is always `Server.url`.
 """
@@ -9,21 +9,20 @@ Not here: the address for code in the kernel, which is always `Server.url`.
 from __future__ import annotations
 
 import os
-import string
 import sys
 import threading
 from collections.abc import Callable, Container, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-VARIABLE = "SERVING_KIT_URL"  # wins: "https://example.org/{USER}/{port}/"
+VARIABLE = "SERVING_KIT_URL"  # has precedence: "https://example.org/{USER}/{port}/"
 
 
 class Address(NamedTuple):
     """Where to point a browser.
 
     Attributes:
-        url: Absolute, or a path below the notebook's own host; "" where no browser can get through.
-        note: What it takes, for people; "" if nothing.
+        url: Absolute, or a path below the notebook's own host; "" where no browser can reach the port.
+        note: What the user has to do for it, or why there is none; may be empty.
         local: Whether it works only where browser and kernel share a machine.
     """
 
@@ -46,9 +45,8 @@ def browser_address(
         modules: Names of the modules that are loaded.
         colab: Asks Colab's page for its proxy; None: the real one, from the main thread only.
     """
-    template = environ.get(VARIABLE, "")
-    if template:
-        return Address(_Template(template).format(port=port, **environ))
+    if environ.get(VARIABLE):
+        return _fill_in(environ[VARIABLE], port, environ)
     template = environ.get("VSCODE_PROXY_URI", "")
     if "{{port}}" in template:
         return Address(template.replace("{{port}}", str(port)).rstrip("/") + "/")
@@ -67,8 +65,23 @@ def browser_address(
     return Address(f"http://127.0.0.1:{port}/", local=True)
 
 
+class _KeepUnknown(dict[str, object]):
+    """For `str.format_map`: a name without a value stays as it is written."""
+
+    def __missing__(self, name: str) -> str:
+        return f"{{{name}}}"
+
+
+def _fill_in(template: str, port: int, environ: Mapping[str, str]) -> Address:
+    """The template of the user, with `{port}` and environment variables replaced."""
+    try:
+        return Address(template.format_map(_KeepUnknown(environ, port=port)))
+    except (ValueError, LookupError, AttributeError) as error:
+        return Address("", f"{VARIABLE} is not a template: {error}")
+
+
 def _ask_colab(port: int, ask: Callable[[int], str] | None) -> Address:
-    """Colab knows the address only in the page, and answers only while a cell of its own waits."""
+    """Only Colab's page knows the address, and it answers only while a cell of its notebook waits for it."""
     try:
         if ask is None:
             if threading.current_thread() is not threading.main_thread():
@@ -83,18 +96,3 @@ def _colab_proxy(port: int) -> str:
     from google.colab.output import eval_js  # type: ignore[import-not-found]
 
     return str(eval_js(f"google.colab.kernel.proxyPort({port})"))
-
-
-class _Template(string.Formatter):
-    """`{name}` from the environment; what is not there stays as it is written."""
-
-    def __init__(self, template: str) -> None:
-        self._template = template
-
-    def format(self, **values: Any) -> str:  # type: ignore[override]
-        """The template with its names replaced."""
-        return self.vformat(self._template, (), values)
-
-    def get_value(self, key: int | str, args: Any, kwargs: Any) -> Any:
-        """The value of one name."""
-        return kwargs.get(str(key), f"{{{key}}}")

@@ -1,9 +1,9 @@
-"""Lets the user's own cells nest event loops. Opt-in; nothing in this kit needs it.
+"""Lets the user's own cells nest event loops. Opt-in; nothing in this package needs it.
 
-A kernel's main thread already runs an event loop, so `asyncio.run(...)` in a cell fails. `await ...`
-is the better answer nearly always; for code that cannot be changed there is nest-asyncio, which
-patches the loop's class for good. The server keeps working whether or not it is applied, because its
-own loop is made by `asyncio.Runner` on its own thread (`inline_server.py`).
+A kernel's main thread already runs an event loop, so `asyncio.run(...)` in a cell fails. `await ...` is
+nearly always the better solution. For code that cannot be changed there is nest-asyncio, which patches the
+loop's class until the process ends. The server works with and without it, because its own loop is made by
+`asyncio.Runner` on its own thread (`inline_server.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _INSTEAD = "use `await ...` in the cell instead of asyncio.run(...)"
 def allow_nested_asyncio() -> str:
     """Let cells of this kernel call `asyncio.run` and `loop.run_until_complete`.
 
-    Patches the running loop of the calling thread with nest_asyncio2 or, failing that, nest_asyncio.
-    There is no way back until the kernel restarts. Idempotent.
+    Patches the running loop of the calling thread with nest_asyncio2 or, if that is not installed,
+    nest_asyncio. Only a restart of the kernel undoes it. Idempotent.
 
     Returns:
         What was done, in a sentence.
 
     Raises:
-        RuntimeError: it cannot be done here; the text says why and what to do instead.
+        RuntimeError: It cannot be done here; the text says why and what to do instead.
     """
     try:
         loop = asyncio.get_running_loop()

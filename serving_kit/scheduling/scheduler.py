@@ -122,8 +122,10 @@ class Scheduler:
     def in_flight(self) -> int:
         """Items admitted and not yet ended: waiting and running."""
         running = self._running.items if self._running else ()
-        idle = sum(item not in running for item in self._continuing)
-        return len(self._queue) + len(running) + idle
+        in_flight = len(self._queue) + len(running)
+        if self._continuing:
+            in_flight += sum(item not in running for item in self._continuing)
+        return in_flight
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -393,7 +395,7 @@ class Scheduler:
         if self._in_time:
             late = 2 * sum(item.deadline < now for item in batch.items) > len(batch.items)
             self._watchdog.batch_done(late=late)
-        if why := self._watchdog.verdict(now):
+        if why := self._watchdog.assess(now):
             self.cost.relearn()
         return why
 

@@ -57,7 +57,7 @@ def test_mounted_without_its_lifespan() -> None:
         assert "lifespan" in health.json()["reason"]
         assert client.get("/model/live").status_code == 200
         evil = client.post("/model/", content="a", headers={"origin": "https://evil.example"})
-        assert evil.status_code == 403, "who may not ask is told nothing else"
+        assert evil.status_code == 403, "access is decided first"
 
 
 def test_mounted_with_its_lifespan() -> None:
@@ -125,6 +125,7 @@ def test_another_dialect() -> None:
         assert malformed.json() == {"error": {"message": "input must be a list", "code": 400}}
         denied = client.post("/v1/shout", json={}, headers={"origin": "https://evil.example"})
         assert denied.json()["error"]["code"] == 403
+        assert client.get("/v1/shout").json()["error"]["code"] == 405
         paths = client.get("/openapi.json").json()["paths"]
         assert paths["/v1/shout"]["post"]["operationId"] == "shout"
         assert "get" in paths["/v1/models"]

@@ -2,9 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +11,6 @@ from tests.support import until
 from tests.support_http import GatedModel, server_of
 
 pytestmark = pytest.mark.light
-Serve = Callable[..., Any]
 
 
 def test_body_that_does_not_end(client: httpx.Client) -> None:
@@ -44,7 +41,7 @@ def test_slow_client_that_leaves(client: httpx.Client, model: GatedModel) -> Non
         url = httpx.URL(str(client.base_url))
         with socket.create_connection((url.host, url.port or 80), timeout=10) as sock:
             sock.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nab")
-            time.sleep(0.1)  # longer than a request lasts that nobody watches
+            time.sleep(0.1)  # longer than a request may last before it gets a watcher
             sock.sendall(b"cd")
             until(lambda: server_of(client).stats()["queue_depth"] == 1)
         until(lambda: server_of(client).stats()["queue_depth"] == 0)

@@ -16,7 +16,7 @@ TABLE = RouteTable(all_endpoints())
         ("POST", "/", Level.CLIENT),
         ("GET", "/live", Level.OPEN),
         ("HEAD", "/health", Level.OPEN),
-        ("POST", "/health", Level.OPEN),  # there is no such route, which every client may be told
+        ("POST", "/health", Level.OPEN),  # there is no such route: 405 for every client
         ("GET", "/settings", Level.CLIENT),
         ("PATCH", "/settings", Level.OWNER),
         ("GET", "/errors", Level.OWNER),

@@ -86,9 +86,7 @@ def test_python_clients(server: Any) -> None:
         (["-H", "content-type: multipart/form-data; boundary=x", "-d", "inputs=a"], 400, "multipart form"),
     ],
 )
-def test_a_form_that_does_not_fit_is_told_what_would(
-    server: Any, arguments: list[str], status: int, words: str
-) -> None:
+def test_malformed_forms(server: Any, arguments: list[str], status: int, words: str) -> None:
     refused = curl(server, *arguments)
     assert refused["status"] == status
     assert words in refused["error"]
@@ -119,25 +117,25 @@ def part(name: str, data: bytes) -> bytes:
         (part("inputs", b"a" * 2**20) + b"--x--\r\n", 413),
     ],
 )
-def test_multipart_bodies_are_read_strictly_and_within_bounds(server: Any, body: bytes, status: int) -> None:
+def test_multipart_bodies(server: Any, body: bytes, status: int) -> None:
     headers = {"content-type": "multipart/form-data; boundary=x"}
     assert httpx.post(server.url, content=body, headers=headers).status_code == status
 
 
-def test_a_bad_form_leaves_no_line_in_the_owners_log(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_of_malformed_forms(server: Any, caplog: pytest.LogCaptureFixture) -> None:
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for body in (b"rubbish", b"--x\r\nA b: c\r\n", part("inputs", b"a") + b"--x--\r\nmore"):
         httpx.post(server.url, content=body, headers=headers)
     assert [record for record in caplog.records if "multipart" in record.name] == []
 
 
-def test_the_contract_names_forms_and_their_refusal(server: Any) -> None:
+def test_openapi_document(server: Any) -> None:
     post = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/"]["post"]
     assert {"multipart/form-data", FORM} <= post["requestBody"]["content"].keys()
     assert "415" in post["responses"]
 
 
-def test_a_file_in_a_form_is_an_input_of_a_media_task(serve: Serve) -> None:
+def test_file_of_a_media_task(serve: Serve) -> None:
     pytest.importorskip("torch")
     Image = pytest.importorskip("PIL.Image")
     from tests.support_models import tiny

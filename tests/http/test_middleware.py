@@ -4,7 +4,6 @@ import asyncio
 import socket
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ import serving_kit
 from tests.support_http import status_line
 
 pytestmark = pytest.mark.light
-Serve = Callable[..., Any]
 
 
 def test_request_id_of_the_client(client: httpx.Client) -> None:

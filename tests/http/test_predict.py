@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +12,6 @@ from tests.support import until
 from tests.support_http import GatedModel, problem, server_of
 
 pytestmark = pytest.mark.light
-Serve = Callable[..., Any]
 
 
 def test_text(client: httpx.Client) -> None:

@@ -1,6 +1,5 @@
 """Errors as statuses and problem documents."""
 
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,7 +11,6 @@ from serving_kit.records import Outcome
 from tests.support_http import problem, server_of
 
 pytestmark = pytest.mark.light
-Serve = Callable[..., Any]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import socket
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +13,6 @@ from serving_kit.settings import KNOBS
 from tests.support_http import GatedModel, problem, server_of
 
 pytestmark = pytest.mark.light
-Serve = Callable[..., Any]
 
 
 def test_health_during_a_long_model_call(client: httpx.Client, model: GatedModel) -> None:
@@ -26,7 +24,7 @@ def test_health_during_a_long_model_call(client: httpx.Client, model: GatedModel
             start = time.perf_counter()
             assert client.get("/health").json() == {"status": "ready"}
             took.append(time.perf_counter() - start)
-        assert sorted(took)[10] < 0.1, "it needs about a millisecond; the forward would take for ever"
+        assert sorted(took)[10] < 0.1, "it takes about a millisecond; the model call has no end"
         model.gate.set()
         assert running.result().status_code == 200
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from serving_kit.errors import MalformedRequest, ModelFailed
 from serving_kit.http.strict_json import dump_json, parse_json
 
 pytestmark = pytest.mark.light
-Serve = Callable[..., Any]
 
 
 _documents = st.recursive(

@@ -1,4 +1,4 @@
-"""What a browser is told, in every kind of notebook that we know."""
+"""The address for a browser, in each supported kind of notebook."""
 
 import pytest
 
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.light
          "https://ada.example/8123/{nothing}"),
     ],
 )  # fmt: skip
-def test_the_environment_says_where(environ, url):
+def test_environments(environ, url):
     assert browser_address(8123, environ, ()).url == url
 
 
-def test_what_was_said_wins_over_what_was_found():
+def test_variable_has_precedence():
     environ = {
         "SERVING_KIT_URL": "/mine/{port}/",
         "JUPYTERHUB_SERVICE_PREFIX": "/user/ada/",
@@ -37,14 +37,14 @@ def test_what_was_said_wins_over_what_was_found():
     assert browser_address(8123, environ, ()).url == "/mine/8123/"
 
 
-def test_only_the_plain_address_needs_browser_and_kernel_on_one_machine():
+def test_local():
     assert browser_address(8123, {}, ()).local
     hub = browser_address(8123, {"JUPYTERHUB_SERVICE_PREFIX": "/user/ada/"}, ())
     assert not hub.local
     assert "jupyter-server-proxy" in hub.note
 
 
-def test_colab_is_asked_and_may_refuse():
+def test_colab():
     colab = {"google.colab"}
     assert browser_address(8123, {}, colab, lambda port: f"https://{port}.colab.example/") == Address(
         "https://8123.colab.example/"

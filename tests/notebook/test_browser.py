@@ -1,7 +1,4 @@
-"""The panel where people meet it: JupyterLab and the server's own page, in a real Chromium.
-
-Leaves pictures in .out/, for people to look at.
-"""
+"""The panel in JupyterLab and as the server's own page, in a real Chromium. Writes screenshots to .out/."""
 
 import json
 import os
@@ -162,10 +159,10 @@ def answers(url):
 
 @contextmanager
 def chromium(forgive="$^", **more):
-    """A page that may speak to this machine only, and must not complain on its console."""
+    """A page that may connect to this machine only, and must log no error to its console."""
     from playwright.sync_api import sync_playwright
 
-    elsewhere, complaints = [], []
+    elsewhere, logged = [], []
 
     def check(route):
         if re.match(r"(http|ws)s?://127\.0\.0\.1[:/]", route.request.url):
@@ -180,8 +177,8 @@ def chromium(forgive="$^", **more):
         page = browser.new_page(viewport={"width": 1280, "height": 1000}, **more)
         page.set_default_timeout(PATIENCE_MS)
         page.route("**/*", check)
-        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and logged.append(message.text))
+        page.on("pageerror", lambda error: logged.append(str(error)))
         try:
             yield page
         except BaseException:
@@ -190,7 +187,7 @@ def chromium(forgive="$^", **more):
         finally:
             browser.close()
     assert elsewhere == []
-    assert [line for line in complaints if not re.search(forgive, line)] == []
+    assert [line for line in logged if not re.search(forgive, line)] == []
 
 
 def read(panel, name):
@@ -198,7 +195,7 @@ def read(panel, name):
 
 
 def until(page, condition, seconds=10.0):
-    """Wait on the browser's own clock: playwright hears nothing while we sleep."""
+    """Wait on the browser's own clock: playwright handles no event during time.sleep."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         page.wait_for_timeout(50)
@@ -254,7 +251,7 @@ def has_run(page, index, number):
     cell(page, index).locator(f'.jp-InputPrompt:has-text("[{number}]:")').wait_for()
 
 
-def test_in_jupyterlab(lab):
+def test_jupyterlab(lab):
     with chromium() as page:
         page.goto(f"{lab}/lab/tree/panel.ipynb?reset")
         cell(page, 4).wait_for()
@@ -340,8 +337,8 @@ def command(page, name, arguments="{}"):
     page.evaluate(f"void jupyterapp.commands.execute('{name}', {arguments})")
 
 
-def test_run_all_with_a_busy_kernel_from_the_first_moment_and_then_no_kernel(lab):
-    # JupyterLab itself complains about the widget that is gone with its kernel.
+def test_run_all_and_no_kernel(lab):
+    # JupyterLab itself logs an error about the widget that is gone with its kernel.
     with chromium(forgive="widget model not found") as page:
         page.goto(f"{lab}/lab/tree/all.ipynb?reset")
         cell(page, 3).wait_for()
@@ -395,15 +392,15 @@ def test_run_all_with_a_busy_kernel_from_the_first_moment_and_then_no_kernel(lab
         cell(page, 1).screenshot(path=PICTURES / "lab-no-kernel.png")
 
 
-def test_overload_and_errors_are_seen(lab):
+def test_overload_and_errors(lab):
     frames = []
 
-    def hear(data):
+    def on_frame(data):
         if isinstance(data, bytes) and b'"buffer_paths"' in data:
             frames.append(data)
 
     def listen(socket):
-        socket.on("framereceived", hear)
+        socket.on("framereceived", on_frame)
 
     with chromium() as page:
         page.on("websocket", listen)
@@ -491,7 +488,7 @@ def test_overload_and_errors_are_seen(lab):
         page.wait_for_timeout(500)
 
 
-def test_the_quickstart_run_from_end_to_end(lab):
+def test_quickstart(lab):
     with chromium() as page:
         page.goto(f"{lab}/lab/tree/01_quickstart.ipynb?reset")
         page.set_viewport_size({"width": 1280, "height": 5000})  # what is out of sight is not drawn
@@ -543,7 +540,7 @@ def busy(serve):
         each.join(5)
 
 
-def test_as_a_page(busy):
+def test_page(busy):
     url = busy.url
     with chromium(forgive="status of 401") as page:
         page.goto(f"{url}/")

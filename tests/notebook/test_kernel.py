@@ -1,187 +1,29 @@
-"""A real Jupyter kernel serves, is asked from outside, interrupted, restarted. No browser.
-
-Every cell goes through `Kernel.run`, which remembers what the kernel published and for which cell, so
-that the end of the module can tell whether any output ever went astray.
-"""
+"""Serving in a real Jupyter kernel: requests from outside, interrupts, restarts. No browser."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import json
-import queue
 import shutil
 import socket
 import subprocess
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from tests.support import REPOSITORY, until
+from tests.support import until
+from tests.support_kernel import OUR_THREADS, SERVE, Cell, Kernel
 
 pytest.importorskip("ipykernel")
 jupyter_client = pytest.importorskip("jupyter_client")
 httpx = pytest.importorskip("httpx")
 
 pytestmark = pytest.mark.kernel
-
-SERVE = """
-import serving_kit
-def double(values):
-    return [2 * value for value in values]
-server = serving_kit.serve(double, port=0)
-"""
-
-
-@dataclass
-class Cell:
-    """A cell that was sent to the kernel."""
-
-    code: str
-    prints: bool = False  # whether its own code prints
-    printed: str = ""
-    displayed: list[dict[str, Any]] = field(default_factory=list)
-    error: tuple[str, str] | None = None
-    busy: bool = False
-    idle: bool = False
-
-    @property
-    def text(self) -> str:
-        """What was displayed last, as text."""
-        return str(self.displayed[-1]["text/plain"])
-
-
-class Kernel:
-    """One kernel and everything that it has published."""
-
-    def __init__(self) -> None:
-        self.manager = jupyter_client.KernelManager(kernel_name="python3")
-        self.manager.start_kernel(cwd=str(REPOSITORY))
-        self.cells: dict[str, Cell] = {}
-        self.strays: list[dict[str, Any]] = []
-        self.comms: dict[str, list[dict[str, Any]]] = {}  # what was sent to the browser's models, by id
-        self.connect()
-
-    def connect(self) -> None:
-        self.client = self.manager.client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
-
-    def close(self) -> None:
-        self.listen(0)
-        self.client.stop_channels()
-        if self.manager.has_kernel:
-            self.manager.shutdown_kernel(now=True)
-
-    def restart(self) -> None:
-        """As the menu does it: the kernel is asked to go, and killed if it does not."""
-        self.listen(0)
-        self.client.stop_channels()
-        self.manager.restart_kernel()
-        self.connect()
-
-    def begin(self, code: str, prints: bool = False) -> Cell:
-        """Send a cell and return when it runs."""
-        cell = Cell(textwrap.dedent(code), prints)
-        # A cell that fails must not take with it those that were sent meanwhile.
-        self.cells[self.client.execute(cell.code, stop_on_error=False)] = cell
-        self.listen_until(lambda: cell.busy, 30, f"the start of {code!r}")
-        return cell
-
-    def finish(self, cell: Cell, timeout: float = 30) -> Cell:
-        """Return when the cell has ended."""
-        self.listen_until(lambda: cell.idle, timeout, f"the end of {cell.code!r}")
-        return cell
-
-    def run(self, code: str, *, prints: bool = False, timeout: float = 30) -> Cell:
-        """Run a cell that must not fail."""
-        cell = self.finish(self.begin(code, prints), timeout)
-        assert cell.error is None, cell.error
-        return cell
-
-    def fail(self, code: str) -> tuple[str, str]:
-        """Run a cell that must fail; its ename and evalue."""
-        cell = self.finish(self.begin(code))
-        assert cell.error is not None, f"{code!r} was expected to fail"
-        return cell.error
-
-    def value(self, expression: str) -> Any:
-        """What an expression is in the kernel, through JSON. Nothing is printed for it."""
-        shown = f"import json as _json; from IPython.display import JSON; JSON({{'v': {expression}}})"
-        return self.run(shown).displayed[-1]["application/json"]["v"]
-
-    def serve(self, code: str = SERVE) -> str:
-        """Serve in a cell, which says so in a line of its own; the URL."""
-        cell = self.run(code, prints=True)
-        assert len(cell.printed.splitlines()) == 1, cell.printed
-        return str(self.value("server.url"))
-
-    def listen_until(self, condition: Any, timeout: float, what: str) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > deadline:
-                pytest.fail(f"{what} did not come within {timeout:g} s")
-            self.listen(0.2)
-
-    def listen(self, timeout: float) -> None:
-        """Take in what the kernel has published since."""
-        while True:
-            try:
-                message = self.client.get_iopub_msg(timeout=timeout)
-            except queue.Empty:
-                return
-            self.hear(message)
-            if timeout:
-                return
-
-    def hear(self, message: dict[str, Any]) -> None:
-        kind, content = message["msg_type"], message["content"]
-        if kind == "comm_msg":
-            self.comms.setdefault(content["comm_id"], []).append(content["data"])
-        cell = self.cells.get(message["parent_header"].get("msg_id", ""))
-        if cell is None:
-            if kind in ("stream", "error", "display_data", "execute_result"):
-                self.strays.append(message)
-        elif kind == "status":
-            cell.busy = True
-            cell.idle = content["execution_state"] == "idle"
-        elif kind == "stream":
-            cell.printed += content["text"]
-        elif kind in ("execute_result", "display_data"):
-            cell.displayed.append(content["data"])
-        elif kind == "error":
-            cell.error = content["ename"], content["evalue"]
-
-    def went_astray(self) -> list[Any]:
-        """Output that no cell has asked for."""
-        self.listen(0)
-        printed = [(c.code, c.printed) for c in self.cells.values() if c.printed and not c.prints]
-        return [*printed, *self.strays]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Kernel]:
-    kernel = Kernel()
-    yield kernel
-    kernel.close()
-
-
-@pytest.fixture
-def kernel(shared: Kernel) -> Iterator[Kernel]:
-    """The module's kernel; the servers of the test are stopped afterwards."""
-    yield shared
-    shared.run("import serving_kit; serving_kit.stop_all()")
-    assert shared.value(OUR_THREADS) == []
-    assert shared.went_astray() == []
-
-
-OUR_THREADS = "[t.name for t in __import__('threading').enumerate() if t.name.startswith('serving-kit')]"
 
 
 def ask(url: str, value: Any = 21, timeout: float = 20) -> Any:
@@ -250,21 +92,21 @@ class Clients:
     def _connect(self) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection(self.address, timeout=20)
         connection.connect()
-        connection.auto_open = 0  # never a second connection without anybody noticing
+        connection.auto_open = 0  # never a second connection that the test does not notice
         return connection
 
 
 # -- serving and asking -------------------------------------------------------------------------------
 
 
-def test_a_cell_serves_and_the_world_outside_is_answered(kernel: Kernel) -> None:
+def test_requests_from_outside(kernel: Kernel) -> None:
     url = kernel.serve()
     assert ask(url, [1, 2]) == [2, 4]
     assert kernel.value("server(21)") == 42
     assert kernel.value("server.stats()['state']") == "ready"
 
 
-def test_curl_is_answered_as_the_guide_shows_it(kernel: Kernel) -> None:
+def test_curl(kernel: Kernel) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     url = kernel.serve(SERVE.replace("2 * value", "value.upper()"))
@@ -273,7 +115,7 @@ def test_curl_is_answered_as_the_guide_shows_it(kernel: Kernel) -> None:
     assert json.loads(done.stdout) == "TEST [MASK]"
 
 
-def test_displaying_the_server_says_what_it_is_in_text(kernel: Kernel) -> None:
+def test_display_as_text(kernel: Kernel) -> None:
     url = kernel.serve()
     shown, *live = kernel.run("server").displayed
     assert url in shown["text/plain"]
@@ -281,7 +123,7 @@ def test_displaying_the_server_says_what_it_is_in_text(kernel: Kernel) -> None:
     assert all("text/plain" not in each for each in live)
 
 
-def test_an_async_cell_awaits_an_answer_while_its_loop_goes_on(kernel: Kernel) -> None:
+def test_await_in_a_cell(kernel: Kernel) -> None:
     kernel.serve()
     cell = kernel.run("""
         import asyncio
@@ -291,7 +133,7 @@ def test_an_async_cell_awaits_an_answer_while_its_loop_goes_on(kernel: Kernel) -
     assert cell.text == "[0, 2, 4, 6, 8, 'slept']"
 
 
-def test_knobs_move_from_a_cell_and_over_http_with_the_token(kernel: Kernel) -> None:
+def test_settings_from_cell_and_http(kernel: Kernel) -> None:
     url = kernel.serve()
     assert kernel.value("server.tune(max_batch_size=4).max_batch_size") == 4
     settings = f"{url}/settings"
@@ -305,7 +147,7 @@ def test_knobs_move_from_a_cell_and_over_http_with_the_token(kernel: Kernel) -> 
     assert kernel.value("server.settings.max_wait_ms") == 3
 
 
-def test_two_servers_run_side_by_side_in_one_kernel(kernel: Kernel) -> None:
+def test_two_servers(kernel: Kernel) -> None:
     one = kernel.serve()
     kernel.run("other = serving_kit.serve(list, port=0, name='other')", prints=True)
     two = kernel.value("other.url")
@@ -316,7 +158,7 @@ def test_two_servers_run_side_by_side_in_one_kernel(kernel: Kernel) -> None:
 # -- while cells run ----------------------------------------------------------------------------------
 
 
-def test_running_the_cell_again_keeps_the_port_and_no_client_notices(kernel: Kernel) -> None:
+def test_rerun_under_load(kernel: Kernel) -> None:
     url = kernel.serve()
     with Clients(url) as clients:
         for _ in range(5):
@@ -325,7 +167,7 @@ def test_running_the_cell_again_keeps_the_port_and_no_client_notices(kernel: Ker
         clients.more()
 
 
-def test_everybody_is_answered_while_a_cell_spins_in_pure_python(kernel: Kernel) -> None:
+def test_answers_during_busy_cell(kernel: Kernel) -> None:
     url = kernel.serve()
     kernel.run("import time")
     with Clients(url) as clients:
@@ -341,7 +183,7 @@ def test_everybody_is_answered_while_a_cell_spins_in_pure_python(kernel: Kernel)
     assert sum(clients.answers) >= 10
 
 
-def test_the_server_answers_while_a_cell_sleeps_and_the_stop_button_ends_only_the_cell(
+def test_interrupt_of_sleeping_cell(
     kernel: Kernel,
 ) -> None:
     url = kernel.serve()
@@ -356,7 +198,7 @@ def test_the_server_answers_while_a_cell_sleeps_and_the_stop_button_ends_only_th
     assert kernel.value("server.running")
 
 
-def test_the_server_answers_while_a_cell_awaits(kernel: Kernel) -> None:
+def test_answers_during_awaiting_cell(kernel: Kernel) -> None:
     url = kernel.serve()
     # No ■ here: with ipykernel 7.4 it reaches a cell that awaits only when its loop wakes by itself.
     cell = kernel.begin("import asyncio; await asyncio.sleep(1.5)")
@@ -367,7 +209,7 @@ def test_the_server_answers_while_a_cell_awaits(kernel: Kernel) -> None:
     assert cell.error is None
 
 
-def test_the_stop_button_on_a_spinning_cell_leaves_the_server_answering(kernel: Kernel) -> None:
+def test_interrupt_of_busy_cell(kernel: Kernel) -> None:
     url = kernel.serve()
     cell = kernel.begin("while True: pass")
     with Clients(url) as clients:
@@ -378,14 +220,14 @@ def test_the_stop_button_on_a_spinning_cell_leaves_the_server_answering(kernel: 
     assert cell.error[0] == "KeyboardInterrupt"
 
 
-def test_the_stop_button_on_an_idle_kernel_leaves_the_server_answering(kernel: Kernel) -> None:
+def test_interrupt_of_idle_kernel(kernel: Kernel) -> None:
     url = kernel.serve()
     kernel.manager.interrupt_kernel()
     assert ask(url) == 42
     assert kernel.value("server(1)") == 2
 
 
-def test_the_stop_button_on_a_cell_that_asks_a_stuck_model_gives_the_question_up(kernel: Kernel) -> None:
+def test_interrupt_of_waiting_request(kernel: Kernel) -> None:
     url = kernel.serve("""
         import threading
         import serving_kit
@@ -395,7 +237,7 @@ def test_the_stop_button_on_a_cell_that_asks_a_stuck_model_gives_the_question_up
             return values
         server = serving_kit.serve(stuck, port=0, timeout_ms=60_000)
     """)
-    cell = kernel.begin("server('anybody there?')")
+    cell = kernel.begin("server('hello')")
     until(lambda: httpx.get(f"{url}/stats", trust_env=False).json()["in_flight"] == 1)
     interrupt_until_idle(kernel, cell)
     assert cell.error is not None
@@ -450,7 +292,7 @@ def show_panel(kernel: Kernel) -> tuple[str, str]:
     return kernel.value("[server.panel.widget.comm.comm_id, server.panel.controls.comm.comm_id]")
 
 
-def test_the_first_touch_of_a_slider_counts_while_a_cell_blocks(kernel: Kernel, subshell: str) -> None:
+def test_first_message_during_blocking_cell(kernel: Kernel, subshell: str) -> None:
     url = kernel.serve()
     _, controls = show_panel(kernel)
     cell = kernel.begin("import time; time.sleep(4)")
@@ -466,7 +308,7 @@ def test_the_first_touch_of_a_slider_counts_while_a_cell_blocks(kernel: Kernel, 
     kernel.finish(cell)
 
 
-def test_a_touch_counts_while_a_cell_awaits(kernel: Kernel, subshell: str) -> None:
+def test_message_during_awaiting_cell(kernel: Kernel, subshell: str) -> None:
     kernel.serve()
     _, controls = show_panel(kernel)
     cell = kernel.begin("import asyncio; await asyncio.sleep(4)")
@@ -478,7 +320,7 @@ def test_a_touch_counts_while_a_cell_awaits(kernel: Kernel, subshell: str) -> No
     assert kernel.value("server.settings.max_batch_size") == 7
 
 
-def test_without_a_subshell_a_touch_counts_when_the_cell_has_ended(kernel: Kernel) -> None:
+def test_message_without_subshell(kernel: Kernel) -> None:
     kernel.serve()
     _, controls = show_panel(kernel)
     cell = kernel.begin("import time; time.sleep(1)")
@@ -488,7 +330,7 @@ def test_without_a_subshell_a_touch_counts_when_the_cell_has_ended(kernel: Kerne
     assert kernel.value("server.settings.max_batch_size") == 5
 
 
-def test_frames_come_while_a_cell_blocks_and_none_in_silence(kernel: Kernel) -> None:
+def test_frames_during_blocking_cell(kernel: Kernel) -> None:
     url = kernel.serve()
     frames, controls = show_panel(kernel)
     say(kernel, controls, {"kind": "seen", "id": "1", "view": "one", "seen": True}, None)
@@ -505,7 +347,7 @@ def test_frames_come_while_a_cell_blocks_and_none_in_silence(kernel: Kernel) -> 
     assert all(each["buffer_paths"] == [["frame"]] and not each["state"] for each in sent)
 
 
-def test_fifty_panels_leave_no_widget_behind(kernel: Kernel) -> None:
+def test_fifty_panels(kernel: Kernel) -> None:
     kernel.serve()
     show_panel(kernel)
     count = "len(__import__('ipywidgets').widgets.widget._instances)"
@@ -518,7 +360,7 @@ def test_fifty_panels_leave_no_widget_behind(kernel: Kernel) -> None:
 # -- what goes wrong ----------------------------------------------------------------------------------
 
 
-def test_errors_of_the_model_print_nothing_and_can_be_looked_up(kernel: Kernel) -> None:
+def test_model_errors_print_nothing(kernel: Kernel) -> None:
     url = kernel.serve("""
         import logging, warnings
         import serving_kit
@@ -558,7 +400,7 @@ def test_errors_of_the_model_print_nothing_and_can_be_looked_up(kernel: Kernel) 
         ("serving_kit.serve(list, task='fill-mask')", "StartError", "by its id or folder"),
     ],
 )
-def test_what_cannot_start_says_so_in_the_cell(kernel: Kernel, code: str, ename: str, words: str) -> None:
+def test_start_errors(kernel: Kernel, code: str, ename: str, words: str) -> None:
     kernel.run("import serving_kit")
     name, text = kernel.fail(code)
     assert name == ename
@@ -566,7 +408,7 @@ def test_what_cannot_start_says_so_in_the_cell(kernel: Kernel, code: str, ename:
     assert kernel.value("len(serving_kit.servers())") == 0
 
 
-def test_stop_ends_every_thread_and_frees_the_port(kernel: Kernel) -> None:
+def test_stop(kernel: Kernel) -> None:
     url = kernel.serve()
     assert kernel.value(OUR_THREADS) != []
     kernel.run("server.stop()")
@@ -578,9 +420,7 @@ def test_stop_ends_every_thread_and_frees_the_port(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("package", ["nest_asyncio", "nest_asyncio2"])
-def test_restarting_the_kernel_frees_the_port_and_a_patched_loop_serves_as_well(
-    shared: Kernel, package: str
-) -> None:
+def test_kernel_restart_and_nesting(shared: Kernel, package: str) -> None:
     url = shared.serve()
     assert ask(url) == 42
     shared.restart()
@@ -598,7 +438,7 @@ def test_restarting_the_kernel_frees_the_port_and_a_patched_loop_serves_as_well(
     assert shared.value(OUR_THREADS) == []
 
 
-def test_shutting_the_kernel_down_frees_the_port(shared: Kernel) -> None:
+def test_kernel_shutdown(shared: Kernel) -> None:
     url = shared.serve()
     with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)) as idle:
         idle.request("GET", "/health")
@@ -609,7 +449,7 @@ def test_shutting_the_kernel_down_frees_the_port(shared: Kernel) -> None:
         until(lambda: is_free(port_of(url)), 5, "a free port")
 
 
-def test_no_output_ever_went_to_a_cell_that_did_not_print(shared: Kernel) -> None:
+def test_no_stray_output(shared: Kernel) -> None:
     """The last test, on purpose: over everything that the kernels of this module have published."""
     assert len(shared.cells) > 10
-    assert shared.went_astray() == []
+    assert shared.stray_output() == []

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.notebook.test_kernel import SERVE, Kernel
+from tests.support_kernel import SERVE, Kernel
 
 pytestmark = pytest.mark.kernel
 
 
-def test_a_kernel_is_not_told_to_wait_and_keeps_its_signal_handlers() -> None:
+def test_wait_in_a_kernel() -> None:
     kernel = Kernel()
     try:
-        told = kernel.run(SERVE, prints=True, timeout=60).printed
-        assert "serving double" in told
-        assert "wait()" not in told
+        printed = kernel.run(SERVE, prints=True, timeout=60).printed
+        assert "serving double" in printed
+        assert "wait()" not in printed
         seen = kernel.run(
             """
             import signal, threading

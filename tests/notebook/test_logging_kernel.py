@@ -5,12 +5,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.notebook.test_kernel import Kernel, kernel, shared  # noqa: F401
+from tests.support_kernel import Kernel
 
 pytestmark = pytest.mark.kernel
 
 
-def test_no_line_reaches_a_cell_and_every_line_reaches_the_file(kernel: Kernel, tmp_path: Path) -> None:  # noqa: F811
+def test_log_lines(kernel: Kernel, tmp_path: Path) -> None:
     path = tmp_path / "serving.log"
     url = kernel.serve(f"""
         import logging

@@ -1,4 +1,4 @@
-"""What `allow_nested_asyncio` does where. In processes of their own: patching is for ever."""
+"""`allow_nested_asyncio` in its environments. In processes of their own, because a patch cannot be undone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def answer():
     return run_script(top + script, *arguments, warnings=QUIET).stdout
 
 
-def test_importing_the_kit_patches_nothing() -> None:
+def test_import_patches_nothing() -> None:
     script = """
 before = asyncio.run, asyncio.Task, asyncio.Future, asyncio.BaseEventLoop.run_until_complete
 import serving_kit.server, serving_kit.notebook.nesting
@@ -43,7 +43,7 @@ print(hasattr(asyncio, "_nest_patched"))
     assert said(script) == "False\n"
 
 
-def test_in_a_plain_script_it_changes_nothing_and_says_why() -> None:
+def test_without_running_loop() -> None:
     script = """
 print(allow_nested_asyncio())
 print(hasattr(asyncio, "_nest_patched"), asyncio.run(answer()))
@@ -70,7 +70,7 @@ asyncio.run(cell())
 
 
 @needs_2
-def test_in_a_running_loop_cells_may_nest_loops_afterwards_and_a_second_call_is_no_more() -> None:
+def test_nesting_is_idempotent() -> None:
     first, answers, second = said(NESTED).splitlines()
     assert "allowed in this kernel now (nest_asyncio2)" in first
     assert answers == "42 42"
@@ -78,7 +78,7 @@ def test_in_a_running_loop_cells_may_nest_loops_afterwards_and_a_second_call_is_
 
 
 @needs_1
-def test_without_nest_asyncio2_the_older_package_will_do() -> None:
+def test_older_package() -> None:
     if sys.version_info >= (3, 14):
         pytest.skip("it has no release for this Python")
     first, answers, second = said('sys.modules["nest_asyncio2"] = None\n' + NESTED).splitlines()
@@ -87,7 +87,7 @@ def test_without_nest_asyncio2_the_older_package_will_do() -> None:
     assert "already" in second
 
 
-def test_without_either_package_the_error_says_what_to_do_instead() -> None:
+def test_without_packages() -> None:
     script = """
 sys.modules["nest_asyncio"] = sys.modules["nest_asyncio2"] = None
 
@@ -107,7 +107,7 @@ print(asyncio.run(answer()))
 
 
 @pytest.mark.parametrize("package", ["nest_asyncio", "nest_asyncio2"])
-def test_a_kernel_that_somebody_has_patched_before_is_left_alone(package: str) -> None:
+def test_already_patched(package: str) -> None:
     pytest.importorskip(package)
     script = """
 import importlib
@@ -123,7 +123,7 @@ asyncio.run(cell())
     assert "already" in said(script, package)
 
 
-def test_uvloop_cannot_be_nested_and_the_error_says_so() -> None:
+def test_uvloop() -> None:
     pytest.importorskip("uvloop")
     script = """
 import uvloop
@@ -144,7 +144,7 @@ with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
 
 
 @needs_2
-def test_a_server_answers_before_and_after_nesting_was_allowed() -> None:
+def test_server_with_nesting() -> None:
     script = """
 server = serving_kit.serve(list, port=0)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernel
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path: Path) -> None:
+def test_notebook_runs(path: Path) -> None:
     before = path.read_bytes()
     done = subprocess.run(
         [sys.executable, "scripts/run_notebook.py", str(path)],
@@ -38,7 +38,7 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_committed_without_outputs_and_with_small_cells(path: Path) -> None:
+def test_notebook_source(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -1,12 +1,10 @@
-"""The panel without a browser: what it sends, what it answers, what it leaves behind."""
+"""The panel without a browser: frames, messages, widgets, the end."""
 
 import json
-import re
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,14 +12,11 @@ ipywidgets = pytest.importorskip("ipywidgets")
 
 import serving_kit
 from serving_kit.metrics import HISTORY_S
-from serving_kit.notebook import panel as panel_module
-from serving_kit.notebook import process_settings
-from serving_kit.settings import KNOBS
+from serving_kit.notebook import frames, process_settings, publisher
+from serving_kit.notebook.panel import make_panel
 from tests.support import until
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-PLACE = Path(panel_module.__file__).parent
-SCRIPT = "".join(PLACE.joinpath(name).read_text() for name in ("charts.js", "panel.js"))
 
 
 def shout(texts):
@@ -35,7 +30,7 @@ def server():
 
 
 def publishers():
-    return [thread for thread in threading.enumerate() if thread.name == panel_module.THREAD_NAME]
+    return [thread for thread in threading.enumerate() if thread.name == publisher.THREAD_NAME]
 
 
 def frame(panel):
@@ -49,7 +44,7 @@ def count_frames(panel):
 
 
 def ask(panel, message):
-    """What the browser would get for `message`, as the kernel reads it."""
+    """The answers to `message`, delivered as the kernel does it."""
     answers = []
     panel.controls.send = lambda content, buffers=None: answers.append(content)
     panel.controls._handle_msg({"content": {"data": {"method": "custom", "content": message}}, "buffers": []})
@@ -57,14 +52,14 @@ def ask(panel, message):
 
 
 def see(panel, view="one", seen=True):
-    """What a view says when it comes into sight, leaves it, or (None) is removed."""
+    """A view has become visible or invisible, or (None) was removed."""
     assert ask(panel, {"kind": "seen", "id": 1, "view": view, "seen": seen}) == [{"id": 1}]
 
 
 # -- frames ---------------------------------------------------------------------------------------
 
 
-def test_numbers_move_while_requests_flow(server):
+def test_frames_during_requests(server):
     see(server.panel)
     sent = count_frames(server.panel)
     server(["a", "b", "c"])
@@ -74,7 +69,7 @@ def test_numbers_move_while_requests_flow(server):
     assert shown["url"] == server.url
     assert shown["window"]["latency_ms"]["p99"] > 0
     rows = [row for row in shown["rows"] if row]
-    assert sum(row[2] for row in rows) == 1, "it may have arrived in the second before its answer"
+    assert sum(row[2] for row in rows) == 1, "the request may have arrived in the second before its answer"
     row = rows[-1]
     depth, in_flight, _, ok, *bad, samples, p50, p95, p99, wait, forward, padding, step, sizes, why = row
     assert (ok, bad, samples) == (1, [0, 0, 0, 0], 1)
@@ -86,21 +81,21 @@ def test_numbers_move_while_requests_flow(server):
     assert shown["panel"]["ms"] >= 0
 
 
-def test_the_frame_has_what_stats_has(server):
+def test_frame_equals_stats(server):
     server(["a", "b"])
     assert until(lambda: server.stats()["items"] == 2)
-    shown, stats = frame(server.panel), server.stats(series=panel_module.SECONDS)
+    shown, stats = frame(server.panel), server.stats(series=frames.SECONDS)
     for key in ("requests", "batches", "items", "settings", "model", "state"):
         assert shown[key] == stats[key]
     rows = {shown["first"] + i: row for i, row in enumerate(shown["rows"])}
     for point in stats["series"]:
         if point["arrivals"]:
             row = rows[point["second"]]
-            assert row[2:8] == [point[key] for key in panel_module._COUNTS[2:8]]
-            assert row[-1] == [point["reasons"].get(reason, 0) for reason in panel_module.REASONS]
+            assert row[2:8] == [point[key] for key in frames.COUNTS[2:8]]
+            assert row[-1] == [point["reasons"].get(reason, 0) for reason in frames.REASONS]
 
 
-def test_nothing_is_sent_while_nothing_changes(server):
+def test_idle_sends_nothing(server):
     panel = server.panel
     see(panel)
     time.sleep(0.3)
@@ -110,7 +105,7 @@ def test_nothing_is_sent_while_nothing_changes(server):
     assert len(publishers()) == 1
 
 
-def test_a_moved_knob_is_marked(server):
+def test_changed_setting(server):
     see(server.panel)
     sent = count_frames(server.panel)
     server.tune(max_batch_size=5)
@@ -118,29 +113,7 @@ def test_a_moved_knob_is_marked(server):
     assert json.loads(sent[-1])["changes"][-1]["knobs"] == {"max_batch_size": 5}
 
 
-def test_a_full_frame_is_small_and_quick():
-    times = {"p50": 123.456, "p95": 1234.567, "p99": 12345.678}
-    busy = {
-        **dict.fromkeys(panel_module._COUNTS, 99_999),
-        **dict.fromkeys(("latency_ms", "queue_wait_ms", "forward_ms"), times),
-        "sizes": {str(size): size for size in range(1, 4097, 7)},
-        "reasons": dict.fromkeys(panel_module.REASONS, 999),
-        "padding": 0.123,
-    }
-    row = panel_module._row(busy)
-    assert len(row) * panel_module.SECONDS < 20_000
-    assert len(json.loads(row)[-2]) <= 24
-    silent = {**busy, **dict.fromkeys(panel_module._COUNTS, 0), "sizes": {}}
-    assert panel_module._row(silent) == b"0"
-
-
-def test_sizes_as_digits():
-    assert panel_module._digits({}, 1) == ""
-    assert panel_module._digits({1: 1, 3: 8}, 1) == "108"
-    assert panel_module._digits({1: 1, 2: 1, 6: 2}, 2) == "505"
-
-
-def test_out_of_sight_nothing_is_sent_and_nothing_is_lost(server):
+def test_invisible_views_get_no_frames(server):
     panel = server.panel
     see(panel, "one")
     see(panel, "two", False)
@@ -162,7 +135,7 @@ def test_out_of_sight_nothing_is_sent_and_nothing_is_lost(server):
 # -- life -----------------------------------------------------------------------------------------
 
 
-def test_finish_says_how_it_ended_and_ends_the_thread(server):
+def test_finish(server):
     panel = server.panel
     see(panel)
     server("a")
@@ -179,7 +152,7 @@ def test_finish_says_how_it_ended_and_ends_the_thread(server):
     assert publishers() == []
 
 
-def test_a_stopped_server_can_still_be_shown(server):
+def test_panel_of_stopped_server(server):
     server("a")
     server.stop()
     assert frame(server.panel)["state"] == "stopped"
@@ -187,7 +160,7 @@ def test_a_stopped_server_can_still_be_shown(server):
     assert publishers() == []
 
 
-def test_the_widgets_of_an_ended_server_are_closed_with_their_last_view(server):
+def test_widgets_close_with_last_view(server):
     def live():
         return set(ipywidgets.widgets.widget._instances)
 
@@ -207,7 +180,7 @@ def test_the_widgets_of_an_ended_server_are_closed_with_their_last_view(server):
     assert "<style>" not in card, "no live view follows it, so it hides no other output"
 
 
-def test_the_widgets_of_an_ended_server_that_was_never_seen_are_closed(server):
+def test_widgets_close_without_views(server):
     before = set(ipywidgets.widgets.widget._instances)
     panel = server.panel
     server.stop()
@@ -215,7 +188,7 @@ def test_the_widgets_of_an_ended_server_that_was_never_seen_are_closed(server):
     assert panel.widget is None
 
 
-def test_a_replaced_server_says_so(server):
+def test_replaced_server(server):
     panel = server.panel
     see(panel)
     with serving_kit.serve(shout, port=0):
@@ -224,7 +197,7 @@ def test_a_replaced_server_says_so(server):
         assert publishers() == []
 
 
-def test_while_a_newer_run_loads_the_panel_says_so(server, monkeypatch):
+def test_newer_run_loading(server, monkeypatch):
     panel, seen = server.panel, []
     see(panel)
 
@@ -240,7 +213,7 @@ def test_while_a_newer_run_loads_the_panel_says_so(server, monkeypatch):
     assert until(lambda: frame(panel)["reason"] == "")
 
 
-def test_displays_leave_nothing_behind(server):
+def test_repeated_displays_share_widgets(server):
     def widgets():
         return len(ipywidgets.widgets.widget._instances)
 
@@ -251,7 +224,7 @@ def test_displays_leave_nothing_behind(server):
     assert len(publishers()) == 1
 
 
-def test_the_publisher_keeps_no_server_alive():
+def test_publisher_holds_server_weakly():
     class Fleeting:
         url, token, running = "http://127.0.0.1:1", "t", True
         errors, as_code, tune = list, str, None
@@ -261,26 +234,26 @@ def test_the_publisher_keeps_no_server_alive():
 
     with serving_kit.serve(shout, port=0) as server:
         fleeting = Fleeting()
-        panel = panel_module.make_panel(fleeting)
-        thread = panel._thread
+        panel = make_panel(fleeting)
+        assert len(publishers()) == 1
         del fleeting
-        thread.join(3)
-        assert not thread.is_alive()
+        assert until(lambda: not publishers())
         panel.finish()
 
 
-def test_a_publisher_whose_look_fails_says_so_in_the_log_and_goes_on(server, monkeypatch, capfd):
+def test_failed_reading_is_logged(server, monkeypatch, capfd):
+    """The publisher goes on after it."""
     panel = server.panel
     see(panel)
-    look, failing = panel._look, threading.Event()
+    stats, failing = server.stats, threading.Event()
 
-    def fail_once(server):
+    def fail_once(series=0):
         if failing.is_set():
-            return look(server)
+            return stats(series)
         failing.set()
         raise RuntimeError("deque mutated during iteration")
 
-    monkeypatch.setattr(panel, "_look", fail_once)
+    monkeypatch.setattr(server, "stats", fail_once)
     sent = count_frames(panel)
     assert failing.wait(10)
     server("a")
@@ -289,7 +262,7 @@ def test_a_publisher_whose_look_fails_says_so_in_the_log_and_goes_on(server, mon
     assert capfd.readouterr() == ("", "")
 
 
-def test_before_a_view_says_that_it_is_there_nothing_is_sent(server):
+def test_no_frames_without_views(server):
     panel = server.panel
     sent = count_frames(panel)
     for _ in range(3):
@@ -301,16 +274,16 @@ def test_before_a_view_says_that_it_is_there_nothing_is_sent(server):
     assert json.loads(sent[-1])["requests"]["ok"] == 3
 
 
-# -- the browser asks -----------------------------------------------------------------------------
+# -- messages of the browser -----------------------------------------------------------------------------
 
 
-def test_hello_is_answered_with_the_token_which_is_nowhere_else(server):
+def test_token_only_in_hello_answer(server):
     panel = server.panel
     assert ask(panel, {"kind": "hello", "id": 1}) == [{"id": 1, "token": server.token}]
     assert server.token not in repr(panel.widget.get_state()) + repr(server._repr_mimebundle_())
 
 
-def test_a_slider_tunes_the_server_and_the_log_says_that_it_was_the_panel(server, caplog):
+def test_tune_is_logged_as_panel(server, caplog):
     caplog.set_level("INFO", "serving_kit")
     answers = ask(server.panel, {"kind": "tune", "id": 7, "knobs": {"max_batch_size": 3}})
     assert server.settings.max_batch_size == 3
@@ -319,7 +292,7 @@ def test_a_slider_tunes_the_server_and_the_log_says_that_it_was_the_panel(server
     assert (record.by, record.setting, record.after) == ("panel", "max_batch_size", 3)
 
 
-def test_the_last_errors_come_with_their_incidents_and_tracebacks():
+def test_errors_with_tracebacks():
     def broken(texts):
         raise LookupError("deep inside")
 
@@ -345,7 +318,7 @@ def test_the_last_errors_come_with_their_incidents_and_tracebacks():
         ({"group_by_length": "yes"}, "true or false"),
     ],
 )
-def test_a_bad_value_is_refused_and_changes_nothing(server, knobs, words):
+def test_invalid_values_are_rejected(server, knobs, words):
     before = server.settings
     [answer] = ask(server.panel, {"kind": "tune", "id": 7, "knobs": knobs})
     assert words in answer["error"]
@@ -355,13 +328,13 @@ def test_a_bad_value_is_refused_and_changes_nothing(server, knobs, words):
 @pytest.mark.parametrize(
     "message", [None, "x", [], {}, {"kind": "tune"}, {"kind": "tune", "knobs": {"a b": []}}]
 )
-def test_nonsense_never_raises_or_prints(server, message, capfd):
+def test_malformed_messages(server, message, capfd):
     server.panel  # noqa: B018
     ask(server.panel, message)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_stopped_server_refuses(server):
+def test_tune_of_stopped_server(server):
     panel = server.panel
     see(panel)
     server.stop()
@@ -369,86 +342,18 @@ def test_a_stopped_server_refuses(server):
     assert "stopped" in answer["error"]
 
 
-# -- where nothing is live ------------------------------------------------------------------------
+# -- where there are no widgets -------------------------------------------------------------------
 
 
-def test_the_card_escapes_what_others_wrote():
-    def hostile(texts):
-        return texts
-
-    hostile.__name__ = hostile.__qualname__ = "<img src=x onerror=alert(1)>&\"'"
-    with serving_kit.serve(hostile, port=0, name="</table><script>") as server:
-        card = server._repr_mimebundle_()["text/html"]
-    assert "<img" not in card
-    assert "<script" not in card
-    assert "&lt;img src=x onerror=alert(1)&gt;&amp;&quot;&#x27;" in card
-
-
-def test_works_without_widgets(server, monkeypatch):
-    monkeypatch.setattr(panel_module, "_classes", panel_module._classes.__wrapped__)
-    monkeypatch.setitem(sys.modules, "anywidget", None)
-    panel = panel_module.make_panel(server)
-    assert set(panel.bundle()) == {"text/html", VIEW}
-    controls = {each.description: each for each in panel.widget.children[:-1]}
-    assert set(controls) == set(KNOBS)
-    controls["max_batch_size"].value = 5
-    controls["max_batch_tokens"].value = "4000"
-    assert (server.settings.max_batch_size, server.settings.max_batch_tokens) == (5, 4000)
-    controls["max_batch_tokens"].value = "<b>many"
-    assert "max_batch_tokens must be" in panel.widget.children[-1].value
-    assert "<b>" not in panel.widget.children[-1].value
-    controls["max_batch_tokens"].value = "auto"
-    assert server.settings.max_batch_tokens == "auto"
-    assert panel.widget.children[-1].value == ""
-    panel.finish()
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    panel = panel_module.make_panel(server)
-    assert panel.widget is None
-    assert set(panel.bundle()) == {"text/html"}
-    panel.finish()
-    assert publishers() == []
-
-
-def test_importing_the_kit_imports_no_widgets():
+def test_import_without_widgets():
     code = "import sys, serving_kit; sys.exit(any(m in sys.modules for m in ('ipywidgets', 'anywidget')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-# -- the script -----------------------------------------------------------------------------------
-
-
-def test_the_script_knows_the_reasons_and_the_knobs(server):
-    def names(constant):
-        return json.loads(re.search(rf"const {constant} = (\[.*?\]);", SCRIPT)[1])
-
-    assert set(panel_module.REASONS) <= set(names("REASONS"))
-    assert list(frame(server.panel)["batches"]) == panel_module.REASONS, "rows count in this order"
-    assert set(names("FIRST")) <= set(KNOBS)
-    assert set(server.panel.widget.knobs) == set(KNOBS)
-
-
-def test_the_script_needs_nothing_from_elsewhere():
-    text = SCRIPT + PLACE.joinpath("panel.html").read_text()
-    assert "//cdn" not in text
-    assert not re.search(r"https?://", text)
-    assert not re.search(r"^\s*import .* from ", SCRIPT, re.M)
-
-
-@pytest.mark.parametrize("name", ["charts.js", "panel.js"])
-def test_the_script_is_small(name):
-    assert len(PLACE.joinpath(name).read_bytes()) <= 20_000
-
-
-def test_the_notebook_looks_like_the_page(server):
-    css = server.panel.widget._css
-    assert css.lstrip().startswith(".sk {")
-    assert css in PLACE.joinpath("panel.html").read_text()
 
 
 # -- the numbers elsewhere --------------------------------------------------------------------------
 
 
-def test_history_is_a_table_of_what_the_panel_shows(server, monkeypatch):
+def test_history(server, monkeypatch):
     pandas = pytest.importorskip("pandas")
     server(["a", "b", "c"])
     assert until(lambda: server.stats()["items"] == 3)
@@ -465,7 +370,7 @@ def test_history_is_a_table_of_what_the_panel_shows(server, monkeypatch):
     assert set(rows[-1]) == {*table.columns, "ago_s"}
 
 
-def test_the_call_as_code(serve):
+def test_as_code(serve):
     server = serve(shout, name="loud", max_batch_size=4)
     server.tune(overload_status=429, max_wait_ms=2)
     see(server.panel)

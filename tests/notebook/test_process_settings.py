@@ -19,7 +19,7 @@ pytestmark = pytest.mark.light
 
 @pytest.fixture
 def owners() -> Iterator[tuple[object, object]]:
-    """Two that may hold the changes; whatever a test does, they let go."""
+    """Two owners of the changes, which release them at the end of the test."""
     pair = (object(), object())
     interval = sys.getswitchinterval()
     yield pair
@@ -42,7 +42,7 @@ def kept(text: str) -> bool:
 # -- the switch interval ------------------------------------------------------------------------------
 
 
-def test_the_switch_interval_is_short_while_held_and_as_before_afterwards(owners: Any) -> None:
+def test_switch_interval(owners: Any) -> None:
     before = sys.getswitchinterval()
     assert before > SWITCH_INTERVAL_S
     hold(owners[0])
@@ -51,7 +51,7 @@ def test_the_switch_interval_is_short_while_held_and_as_before_afterwards(owners
     assert sys.getswitchinterval() == before
 
 
-def test_it_is_put_back_when_the_last_of_two_lets_go(owners: Any) -> None:
+def test_two_owners(owners: Any) -> None:
     before = sys.getswitchinterval()
     first, second = owners
     hold(first)
@@ -64,14 +64,14 @@ def test_it_is_put_back_when_the_last_of_two_lets_go(owners: Any) -> None:
     assert sys.getswitchinterval() == before
 
 
-def test_a_value_that_the_user_has_set_meanwhile_stays(owners: Any) -> None:
+def test_changed_interval_stays(owners: Any) -> None:
     hold(owners[0])
     sys.setswitchinterval(0.02)
     release(owners[0])
     assert sys.getswitchinterval() == pytest.approx(0.02)
 
 
-def test_an_interval_that_is_shorter_already_is_left_alone(owners: Any) -> None:
+def test_shorter_interval_stays(owners: Any) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S / 2)
     shorter = sys.getswitchinterval()
     hold(owners[0])
@@ -80,7 +80,7 @@ def test_an_interval_that_is_shorter_already_is_left_alone(owners: Any) -> None:
     assert sys.getswitchinterval() == shorter
 
 
-def test_it_can_be_held_again_after_it_was_let_go(owners: Any) -> None:
+def test_hold_again(owners: Any) -> None:
     before = sys.getswitchinterval()
     for _ in range(3):
         hold(owners[0])
@@ -89,7 +89,7 @@ def test_it_can_be_held_again_after_it_was_let_go(owners: Any) -> None:
         assert sys.getswitchinterval() == before
 
 
-def test_two_servers_share_the_short_interval_until_both_have_stopped(serve: Any) -> None:
+def test_two_servers(serve: Any) -> None:
     before = sys.getswitchinterval()
     one, two = serve(list, name="one"), serve(list, name="two")
     one.stop()
@@ -102,7 +102,7 @@ def test_two_servers_share_the_short_interval_until_both_have_stopped(serve: Any
 
 
 @pytest.mark.parametrize("logger", ["uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "asyncio"])
-def test_log_lines_of_our_threads_are_kept_and_others_pass(owners: Any, logger: str, caplog: Any) -> None:
+def test_log_lines(owners: Any, logger: str, caplog: Any) -> None:
     log = logging.getLogger(logger)
     hold(owners[0])
     in_a_thread("serving-kit-http", lambda: log.error("ours to %s.%s", "keep", logger))
@@ -115,11 +115,11 @@ def test_log_lines_of_our_threads_are_kept_and_others_pass(owners: Any, logger: 
     assert kept(f"ERROR {logger}: ours to keep.{logger}")
     assert not kept(f"on {logger}")
     release(owners[0])
-    in_a_thread("serving-kit-http", lambda: log.error("nobody holds %s", logger))
-    assert caplog.records[-1].getMessage() == f"nobody holds {logger}"
+    in_a_thread("serving-kit-http", lambda: log.error("not held: %s", logger))
+    assert caplog.records[-1].getMessage() == f"not held: {logger}"
 
 
-def test_a_traceback_is_kept_with_its_line(owners: Any) -> None:
+def test_traceback(owners: Any) -> None:
     def fail() -> None:
         try:
             raise LookupError("deep inside")
@@ -131,7 +131,7 @@ def test_a_traceback_is_kept_with_its_line(owners: Any) -> None:
     assert kept("LookupError: deep inside")
 
 
-def test_lines_that_transformers_prints_itself_are_kept_too(owners: Any, capsys: Any) -> None:
+def test_lines_of_transformers(owners: Any, capsys: Any) -> None:
     library = logging.getLogger("transformers")
     handler = logging.StreamHandler(sys.stderr)  # the library logs through one of its own
     library.addHandler(handler)
@@ -151,7 +151,7 @@ def test_lines_that_transformers_prints_itself_are_kept_too(owners: Any, capsys:
         library.propagate = propagate
 
 
-def test_a_library_that_is_imported_later_is_covered_from_the_next_hold(owners: Any, capsys: Any) -> None:
+def test_library_imported_later(owners: Any, capsys: Any) -> None:
     hold(owners[0])
     library = logging.getLogger("huggingface_hub")
     handler = logging.StreamHandler(sys.stderr)
@@ -169,7 +169,7 @@ def test_a_library_that_is_imported_later_is_covered_from_the_next_hold(owners: 
         library.propagate = propagate
 
 
-def test_warnings_of_our_threads_are_kept_and_others_pass(owners: Any) -> None:
+def test_warnings(owners: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         seen = []
@@ -185,7 +185,7 @@ def test_warnings_of_our_threads_are_kept_and_others_pass(owners: Any) -> None:
         assert warnings.showwarning is before
 
 
-def test_a_hook_that_the_user_has_set_meanwhile_stays(owners: Any) -> None:
+def test_changed_showwarning_stays(owners: Any) -> None:
     with warnings.catch_warnings():
         hold(owners[0])
 
@@ -196,7 +196,7 @@ def test_a_hook_that_the_user_has_set_meanwhile_stays(owners: Any) -> None:
         assert warnings.showwarning is mine
 
 
-def test_only_the_latest_lines_are_kept(owners: Any) -> None:
+def test_line_limit(owners: Any) -> None:
     for number in range(1000):
         process_settings.keep(f"line {number}")
     lines = process_settings.lines()
@@ -204,7 +204,7 @@ def test_only_the_latest_lines_are_kept(owners: Any) -> None:
     assert lines[-1].endswith("line 999")
 
 
-def test_holding_and_letting_go_from_many_threads_ends_as_it_began() -> None:
+def test_many_threads() -> None:
     before = (sys.getswitchinterval(), warnings.showwarning, list(logging.getLogger("uvicorn").filters))
     failures: list[BaseException] = []
 

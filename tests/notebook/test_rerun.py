@@ -35,7 +35,7 @@ class Model:
 
 
 class Stuck(Model):
-    """Answers when it is told to."""
+    """Answers when the test lets it."""
 
     def __init__(self, name: str = "stuck") -> None:
         super().__init__(name)
@@ -97,7 +97,7 @@ def refuses(port: int) -> bool:
 # -- once ---------------------------------------------------------------------------------------------
 
 
-def test_serve_returns_a_server_that_answers_over_http_and_without(serve: Any, capsys: Any) -> None:
+def test_serve(serve: Any, capsys: Any) -> None:
     server = serve(lambda values: [value.upper() for value in values])
     line = f"serving <lambda> (function, python) at {server.url}; a script must call server.wait(), or the "
     assert capsys.readouterr() == (f"{line}server ends with it\n", "")
@@ -109,7 +109,7 @@ def test_serve_returns_a_server_that_answers_over_http_and_without(serve: Any, c
     assert server.url in repr(server)
 
 
-def test_a_model_error_reaches_the_owner_with_a_note_where_the_traceback_is(serve: Any, capsys: Any) -> None:
+def test_model_error_has_notes(serve: Any, capsys: Any) -> None:
     def broken(values: list[Any]) -> list[Any]:
         raise LookupError("deep inside")
 
@@ -126,20 +126,20 @@ def test_a_model_error_reaches_the_owner_with_a_note_where_the_traceback_is(serv
     assert capsys.readouterr().err == ""
 
 
-def test_a_with_block_stops_the_server_in_the_end() -> None:
+def test_with_block() -> None:
     with serving_kit.serve(Model(), port=0) as server:
         assert ask(server) == (200, '"model"')
     assert not server.running
     assert refuses(port_of(server))
 
 
-def test_a_with_block_stops_the_server_when_it_raises_too() -> None:
+def test_with_block_that_raises() -> None:
     with pytest.raises(KeyError), serving_kit.serve(Model(), port=0) as server:
         raise KeyError
     assert not server.running
 
 
-def test_a_stopped_server_says_so_however_it_is_asked(serve: Any) -> None:
+def test_stopped_server(serve: Any) -> None:
     server = serve(Model())
     server.stop()
     server.stop()
@@ -151,7 +151,7 @@ def test_a_stopped_server_says_so_however_it_is_asked(serve: Any) -> None:
     assert server.settings.max_batch_size == 32  # what it knew can still be read
 
 
-def test_stop_finishes_what_was_admitted_and_refuses_the_rest(serve: Any) -> None:
+def test_stop_drains(serve: Any) -> None:
     model = Stuck()
     server = serve(model)
     with ThreadPoolExecutor(3) as pool, connected(server) as late:
@@ -169,7 +169,7 @@ def test_stop_finishes_what_was_admitted_and_refuses_the_rest(serve: Any) -> Non
         stopping.result(10)
 
 
-def test_stop_is_bounded_while_the_model_is_stuck_and_waiting_clients_get_503(serve: Any) -> None:
+def test_stop_with_stuck_model(serve: Any) -> None:
     model = Stuck()
     server = serve(model)
     with ThreadPoolExecutor(2) as pool:
@@ -187,7 +187,7 @@ def test_stop_is_bounded_while_the_model_is_stuck_and_waiting_clients_get_503(se
     assert not server.running
 
 
-def test_interrupting_stop_stops_at_once(serve: Any) -> None:
+def test_interrupted_stop(serve: Any) -> None:
     """■ on `server.stop()` that waits for a slow answer: the server must not linger half dead."""
     model = Stuck()
     server = serve(model)
@@ -216,7 +216,7 @@ def test_interrupting_stop_stops_at_once(serve: Any) -> None:
 # -- again --------------------------------------------------------------------------------------------
 
 
-def test_running_serve_again_keeps_the_port_and_open_connections_and_says_so(serve: Any, capsys: Any) -> None:
+def test_rerun_keeps_port_and_connections(serve: Any, capsys: Any) -> None:
     old = serve(Model("old"))
     with connected(old) as on_it:
         assert on_it() == (200, '"old"')
@@ -231,7 +231,7 @@ def test_running_serve_again_keeps_the_port_and_open_connections_and_says_so(ser
     assert "1 requests" in printed
 
 
-def test_the_handle_of_a_replaced_server_says_replaced_and_cannot_stop_the_new_one(serve: Any) -> None:
+def test_handle_of_replaced_server(serve: Any) -> None:
     old = serve(Model("old"))
     new = serve(Model("new"))
     assert "replaced" in repr(old)
@@ -245,19 +245,19 @@ def test_the_handle_of_a_replaced_server_says_replaced_and_cannot_stop_the_new_o
     assert serving_kit.servers() == [new]
 
 
-def test_a_replaced_handle_never_answers_with_the_old_model(serve: Any) -> None:
+def test_request_to_replaced_server(serve: Any) -> None:
     old = serve(Model("old"))
     serve(Model("new"))
     with pytest.raises((RuntimeError, serving_kit.Unavailable)):
         old("hello")
 
 
-def test_knobs_of_the_first_run_do_not_leak_into_the_second(serve: Any) -> None:
+def test_rerun_resets_settings(serve: Any) -> None:
     assert serve(Model(), max_batch_size=4).settings.max_batch_size == 4
     assert serve(Model()).settings.max_batch_size == 32
 
 
-def test_running_serve_again_under_traffic_refuses_nothing(serve: Any) -> None:
+def test_rerun_under_load(serve: Any) -> None:
     server = serve(Model("0"))
     done = threading.Event()
     seen: list[list[str]] = [[], []]
@@ -292,7 +292,7 @@ def test_running_serve_again_under_traffic_refuses_nothing(serve: Any) -> None:
             client.result(10)
 
 
-def test_requests_of_the_old_model_are_answered_by_the_old_model(serve: Any) -> None:
+def test_admitted_requests_keep_their_model(serve: Any) -> None:
     old_model = Stuck("old")
     old = serve(old_model)
     with ThreadPoolExecutor(2) as pool:
@@ -315,9 +315,7 @@ def test_requests_of_the_old_model_are_answered_by_the_old_model(serve: Any) -> 
         {"model": Model(), "task": "fill-mask"},
     ],
 )
-def test_a_second_run_that_fails_leaves_the_first_one_answering(
-    serve: Any, broken: dict[str, Any], capsys: Any
-) -> None:
+def test_failed_rerun(serve: Any, broken: dict[str, Any], capsys: Any) -> None:
     old = serve(Model("old"))
     capsys.readouterr()
     with connected(old) as on_it:
@@ -329,9 +327,7 @@ def test_a_second_run_that_fails_leaves_the_first_one_answering(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_model_that_fails_when_its_app_starts_leaves_the_old_one_answering(
-    serve: Any, monkeypatch: Any
-) -> None:
+def test_failed_start_of_rerun(serve: Any, monkeypatch: Any) -> None:
     old = serve(Model("old"))
 
     async def fail(self: Any) -> None:
@@ -344,7 +340,7 @@ def test_a_model_that_fails_when_its_app_starts_leaves_the_old_one_answering(
     assert serving_kit.servers() == [old]
 
 
-def test_another_port_moves_the_server_and_stops_the_old_one(serve: Any, capsys: Any) -> None:
+def test_rerun_with_another_port(serve: Any, capsys: Any) -> None:
     old = serve(Model("old"))
     port = free_port()
     capsys.readouterr()
@@ -359,14 +355,14 @@ def test_another_port_moves_the_server_and_stops_the_old_one(serve: Any, capsys:
     assert serving_kit.servers() == [new]
 
 
-def test_moving_to_an_impossible_port_leaves_the_old_one_where_it_is(serve: Any) -> None:
+def test_rerun_with_invalid_port(serve: Any) -> None:
     old = serve(Model("old"))
     with pytest.raises(StartError, match="65535"):
         serve(Model("new"), port=70_000)
     assert ask(old) == (200, '"old"')
 
 
-def test_serving_again_after_stop_starts_afresh_on_the_same_port(serve: Any) -> None:
+def test_serve_after_stop(serve: Any) -> None:
     port = free_port()
     serve(Model("old"), port=port).stop()
     new = serve(Model("new"), port=port)
@@ -374,7 +370,7 @@ def test_serving_again_after_stop_starts_afresh_on_the_same_port(serve: Any) -> 
     assert ask(new) == (200, '"new"')
 
 
-def test_interrupting_a_rerun_while_the_old_model_drains_leaves_one_server(serve: Any, capsys: Any) -> None:
+def test_interrupted_rerun(serve: Any, capsys: Any) -> None:
     """■ on a cell that seems to hang: what happens next must still be under control."""
     model = Stuck("old")
     old = serve(model)
@@ -406,7 +402,7 @@ def test_interrupting_a_rerun_while_the_old_model_drains_leaves_one_server(serve
 # -- side by side -------------------------------------------------------------------------------------
 
 
-def test_servers_of_different_names_run_side_by_side(serve: Any) -> None:
+def test_two_names(serve: Any) -> None:
     one, two = serve(Model("one"), name="one"), serve(Model("two"), name="two")
     assert one.url != two.url
     assert (one("hello"), two("hello")) == ("one", "two")
@@ -416,7 +412,7 @@ def test_servers_of_different_names_run_side_by_side(serve: Any) -> None:
     assert ask(two) == (200, '"two"')
 
 
-def test_stop_all_stops_them_all_and_may_be_repeated(serve: Any) -> None:
+def test_stop_all(serve: Any) -> None:
     started = [serve(Model(), name=name) for name in "abc"]
     serving_kit.stop_all()
     serving_kit.stop_all()
@@ -425,9 +421,7 @@ def test_stop_all_stops_them_all_and_may_be_repeated(serve: Any) -> None:
     assert not our_threads()
 
 
-def test_a_busy_port_of_another_program_gives_the_next_free_one_and_one_line_says_so(
-    serve: Any, capsys: Any
-) -> None:
+def test_busy_port(serve: Any, capsys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = serve(Model(), port=port)
@@ -439,7 +433,7 @@ def test_a_busy_port_of_another_program_gives_the_next_free_one_and_one_line_say
         assert again.url == server.url
 
 
-def test_two_names_that_ask_for_one_port_do_not_fight_for_it(serve: Any) -> None:
+def test_two_names_with_one_port(serve: Any) -> None:
     port = free_port()
     one, two = serve(Model("one"), name="one", port=port), serve(Model("two"), name="two", port=port)
     assert port_of(one) == port != port_of(two)
@@ -459,13 +453,13 @@ def test_two_names_that_ask_for_one_port_do_not_fight_for_it(serve: Any) -> None
         ({"max_wait_ms": float("nan")}, "max_wait_ms must be a number"),
     ],
 )
-def test_knobs_are_checked_before_anything_is_loaded(knobs: dict[str, Any], words: str) -> None:
+def test_invalid_settings(knobs: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         serving_kit.serve("/no/such/folder", port=0, **knobs)  # loading it would be another error
     assert serving_kit.servers() == []
 
 
-def test_an_impossible_port_is_refused_before_anything_is_loaded() -> None:
+def test_invalid_port() -> None:
     with pytest.raises(StartError, match="0 to 65535"):
         serving_kit.serve("/no/such/folder", port=65_536)
 
@@ -487,7 +481,7 @@ def _generator(values: list[Any]) -> Any:
         (_generator, "must be a plain function"),
     ],
 )
-def test_what_cannot_be_served_is_refused_with_what_can(model: Any, words: str) -> None:
+def test_unservable_models(model: Any, words: str) -> None:
     port = free_port()
     with pytest.raises(StartError, match=words):
         serving_kit.serve(model, port=port)
@@ -495,7 +489,7 @@ def test_what_cannot_be_served_is_refused_with_what_can(model: Any, words: str) 
     assert not our_threads()
 
 
-def test_a_bad_value_for_tune_changes_nothing(serve: Any) -> None:
+def test_invalid_tune(serve: Any) -> None:
     server = serve(Model(), max_batch_size=4)
     with pytest.raises(SettingError, match="max_wait_ms"):
         server.tune(max_batch_size=8, max_wait_ms=-1)
@@ -511,7 +505,7 @@ def is_gone(reference: Callable[[], Any]) -> bool:
     return reference() is None
 
 
-def test_the_model_is_let_go_when_its_server_stops(serve: Any) -> None:
+def test_stop_releases_model(serve: Any) -> None:
     model = Model()
     reference = weakref.ref(model)
     server = serve(model)
@@ -523,7 +517,7 @@ def test_the_model_is_let_go_when_its_server_stops(serve: Any) -> None:
     assert "stopped" in repr(server)  # the handle lives on without it
 
 
-def test_the_model_is_let_go_when_its_server_is_replaced(serve: Any) -> None:
+def test_rerun_releases_model(serve: Any) -> None:
     model = Model("old")
     reference = weakref.ref(model)
     old = serve(model)
@@ -534,7 +528,7 @@ def test_the_model_is_let_go_when_its_server_is_replaced(serve: Any) -> None:
     assert "replaced" in repr(old)
 
 
-def test_the_model_is_let_go_after_it_has_failed(serve: Any) -> None:
+def test_failed_model_is_released(serve: Any) -> None:
     class Broken(Model):
         def __call__(self, values: list[Any]) -> list[Any]:
             raise LookupError("deep inside")
@@ -551,7 +545,7 @@ def test_the_model_is_let_go_after_it_has_failed(serve: Any) -> None:
     assert len(server.errors()) == 2  # the incidents are kept; as text, so they hold nothing
 
 
-def test_a_model_that_could_not_start_is_let_go_too(monkeypatch: Any) -> None:
+def test_unstarted_model_is_released(monkeypatch: Any) -> None:
     async def fail(self: Any) -> None:
         raise LookupError("no")
 
@@ -587,7 +581,7 @@ on_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /pr
 
 
 @on_linux
-def test_fifty_starts_and_stops_leave_no_thread_no_socket_and_no_memory() -> None:
+def test_fifty_starts_leak_nothing() -> None:
     def once() -> None:
         with serving_kit.serve(Heavy(), port=0) as server:
             assert ask(server)[0] == 200
@@ -601,7 +595,7 @@ def test_fifty_starts_and_stops_leave_no_thread_no_socket_and_no_memory() -> Non
 
 
 @on_linux
-def test_fifty_reruns_leave_no_thread_no_socket_and_no_memory(serve: Any) -> None:
+def test_fifty_reruns_leak_nothing(serve: Any) -> None:
     serve(Heavy())
     before, memory = held(), resident_mb()
     for number in range(50):
@@ -611,7 +605,7 @@ def test_fifty_reruns_leave_no_thread_no_socket_and_no_memory(serve: Any) -> Non
 
 
 @on_linux
-def test_the_memory_of_a_model_comes_back_when_its_server_stops(serve: Any) -> None:
+def test_stop_frees_memory(serve: Any) -> None:
     before = resident_mb()
     server = serve(Heavy(megabytes=64))
     assert ask(server)[0] == 200
@@ -623,14 +617,14 @@ def test_the_memory_of_a_model_comes_back_when_its_server_stops(serve: Any) -> N
 # -- scripts ------------------------------------------------------------------------------------------
 
 
-def test_a_script_that_serves_and_ends_exits_soon_and_says_one_line() -> None:
+def test_script_exits() -> None:
     began = time.monotonic()
     done = run_script("import serving_kit\nserving_kit.serve(list, port=0)")
     assert time.monotonic() - began < 20
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_script_whose_model_is_stuck_exits_soon_too() -> None:
+def test_script_with_stuck_model_exits() -> None:
     began = time.monotonic()
     run_script(
         """
@@ -653,7 +647,7 @@ def test_a_script_whose_model_is_stuck_exits_soon_too() -> None:
     assert time.monotonic() - began < 20
 
 
-def test_wait_blocks_until_an_interrupt_and_stops_then() -> None:
+def test_wait_until_interrupt() -> None:
     done = run_script(
         """
         import os, signal, sys, threading, time
@@ -677,7 +671,7 @@ def test_wait_blocks_until_an_interrupt_and_stops_then() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_wait_ends_when_somebody_else_stops_the_server(serve: Any) -> None:
+def test_wait_until_stop(serve: Any) -> None:
     server = serve(Model())
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.wait)

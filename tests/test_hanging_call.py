@@ -1,4 +1,4 @@
-"""A forward that hangs: what the probes say, and which limit a late request is told."""
+"""A model call that hangs: `/health`, `/live`, and the limit that an expired request is told."""
 
 import asyncio
 import socket
@@ -13,78 +13,64 @@ import serving_kit
 from serving_kit.models.functions import CallableModel
 from serving_kit.service import Service
 from serving_kit.settings import Settings
-from tests.support import until
+from tests.support import BlockingFunction, until
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
 
 
-class Gate:
-    """A function that waits while the gate is shut."""
-
-    def __init__(self) -> None:
-        self.open, self.inside = threading.Event(), threading.Event()
-        self.open.set()
-
-    def __call__(self, texts: list[str]) -> list[str]:
-        self.inside.set()
-        assert self.open.wait(60)
-        return texts
-
-
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open.set()
+def blocking() -> Iterator[BlockingFunction]:
+    blocking = BlockingFunction()
+    blocking.open.set()
+    yield blocking
+    blocking.open.set()
 
 
-def hang(client: httpx.Client, gate: Gate) -> None:
-    """Leave the model inside a forward, by a request that has ended."""
-    gate.open.clear()
+def hang(client: httpx.Client, blocking: BlockingFunction) -> None:
+    """Leave the model inside a call, by a request that has expired."""
+    blocking.open.clear()
     assert client.post("/", content="x").status_code == 504
-    assert gate.inside.is_set()
+    assert blocking.inside.is_set()
 
 
-def test_a_hanging_forward_makes_the_server_unready_with_the_reason_until_it_ends(
-    serve: Serve, gate: Gate
-) -> None:
-    server = serve(gate, timeout_ms=100)
+def test_stuck_call_fails_health(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=100)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        hang(client, gate)
+        hang(client, blocking)
         until(lambda: client.get("/health").status_code == 503, timeout=20)
         answer = client.get("/health").json()
         assert answer["status"] == "stuck"
         assert "one model call has been running for" in answer["reason"]
         assert "serving_kit_ready 0.0" in client.get("/metrics").text
-        assert client.get("/live").status_code == 200, "by default a hanging forward restarts nothing"
-        gate.open.set()
+        assert client.get("/live").status_code == 200, "by default a hanging call restarts nothing"
+        blocking.open.set()
         until(lambda: client.get("/health").status_code == 200)
         assert "serving_kit_ready 1.0" in client.get("/metrics").text
 
 
-def test_liveness_fails_later_where_that_was_asked_for(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=100, live_timeout_s=6)
+def test_stuck_call_fails_live(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=100, live_timeout_s=6)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        hang(client, gate)
+        hang(client, blocking)
         until(lambda: client.get("/health").status_code == 503, timeout=20)
         until(lambda: client.get("/live").status_code == 503, timeout=20)
         assert "must be restarted" in client.get("/live").json()["reason"]
-        gate.open.set()
+        blocking.open.set()
         until(lambda: client.get("/live").status_code == 200)
     assert "live_timeout_s=6" in server.as_code()
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "soon", True])
-def test_a_time_for_liveness_that_makes_no_sense_is_refused(value: Any) -> None:
+def test_bad_live_timeout(value: Any) -> None:
     with pytest.raises(serving_kit.SettingError, match="live_timeout_s must be a number of seconds above 0"):
         serving_kit.create_app(list, live_timeout_s=value)
 
 
 def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = None) -> str:
-    """The state of a service whose forward has run for so long, on a clock of its own.
+    """The state of a service whose model call has run for so long, on a clock of its own.
 
-    `learned_s`: what such forwards have taken before; None: there were none.
+    `learned_s`: what such calls have taken before; None: there were none.
     """
     now = 0.0
     inside, go_on = threading.Event(), threading.Event()
@@ -123,7 +109,7 @@ def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = 
 @pytest.mark.parametrize(
     ("seconds", "timeout_ms", "learned_s", "state"),
     [
-        (4, 100, None, "ready"),  # a pause of the machine
+        (4, 100, None, "ready"),  # too short: may be a pause of the machine
         (6, 100, None, "stuck"),
         (6, 2_000, None, "stuck"),
         (25, 60_000, None, "ready"),  # a long generation within its timeout
@@ -132,7 +118,7 @@ def state_after(seconds: float, *, timeout_ms: float, learned_s: float | None = 
         (150, 2_000, 20.0, "stuck"),
     ],
 )
-def test_stuck_is_longer_than_twice_the_timeout_and_far_longer_than_expected(
+def test_when_a_call_counts_as_stuck(
     seconds: float, timeout_ms: float, learned_s: float | None, state: str
 ) -> None:
     assert state_after(seconds, timeout_ms=timeout_ms, learned_s=learned_s) == state
@@ -141,10 +127,10 @@ def test_stuck_is_longer_than_twice_the_timeout_and_far_longer_than_expected(
 # -- which limit applied -----------------------------------------------------------------------------
 
 
-def test_a_late_request_is_told_which_limit_it_has_exceeded(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=200)
+def test_expired_message_names_limit(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=200)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        gate.open.clear()
+        blocking.open.clear()
         running = client.post("/", content="x")
         waiting = client.post("/", content="x")
         own = client.post("/", content="x", headers={"x-request-timeout-ms": "50"})
@@ -157,8 +143,8 @@ def test_a_late_request_is_told_which_limit_it_has_exceeded(serve: Serve, gate: 
     )
 
 
-def test_a_body_that_does_not_arrive_is_told_the_limit_too(serve: Serve, gate: Gate) -> None:
-    server = serve(gate)
+def test_slow_body_message_names_limit(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking)
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as sock:
         sock.sendall(
             b"POST / HTTP/1.1\r\nhost: localhost\r\nx-request-timeout-ms: 50\r\ncontent-length: 5\r\n\r\nab"
@@ -171,8 +157,8 @@ def test_a_body_that_does_not_arrive_is_told_the_limit_too(serve: Serve, gate: G
     assert b"the body did not arrive within the client's 50 ms (X-Request-Timeout-Ms)" in answer
 
 
-def test_a_call_from_the_kernel_is_told_the_limit(serve: Serve, gate: Gate) -> None:
-    server = serve(gate, timeout_ms=2000)
-    gate.open.clear()
+def test_kernel_call_message_names_limit(serve: Serve, blocking: BlockingFunction) -> None:
+    server = serve(blocking, timeout_ms=2000)
+    blocking.open.clear()
     with pytest.raises(serving_kit.DeadlineExceeded, match=r"within 2,000 ms \(timeout_ms\)"):
         server("x")

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, free_port
+from tests.support_http import answers, free_port
 
 TOKEN = "a-secret-token"
 
@@ -41,7 +41,7 @@ def run(*options: str) -> tuple[list[str], str]:
     return written.splitlines(), refused.headers["x-request-id"]
 
 
-def test_every_line_is_json_with_an_access_line_for_each_request() -> None:
+def test_json_access_log() -> None:
     lines, refused = run("--log-format", "json", "--access-log")
     documents: list[dict[str, Any]] = [json.loads(line) for line in lines]
     ours = [each for each in documents if each["logger"] == "serving_kit"]
@@ -61,6 +61,7 @@ def test_every_line_is_json_with_an_access_line_for_each_request() -> None:
     assert all(each["client"].startswith("127.0.0.1:") and each["latency_ms"] >= 0 for each in asked)
 
 
-def test_a_higher_level_hides_information_and_there_is_no_access_log_by_default() -> None:
+def test_log_level_warning() -> None:
+    """There is no access log by default."""
     lines, _ = run("--log-level", "warning")
     assert not [line for line in lines if "serving_kit" in line]

@@ -1,4 +1,4 @@
-"""What the owner finds in the log, and in the list of failures."""
+"""The log of a server, and the list of failures."""
 
 import contextlib
 import ctypes
@@ -20,14 +20,14 @@ import pytest
 import serving_kit
 from serving_kit.log import MOST_LINES, JsonFormatter, Limiter
 from tests.support import REPOSITORY, until
-from tests.test_cli import answers, free_port
+from tests.support_http import answers, free_port
 
 pytestmark = pytest.mark.light
 Serve = Callable[..., Any]
 Records = list[logging.LogRecord]
 
 
-def moody(texts: list[str]) -> list[str]:
+def fail_on_request(texts: list[str]) -> list[str]:
     """Upper case; "raise" raises, and "large" raises a text of a megabyte."""
     if "raise" in texts:
         raise LookupError("deep inside")
@@ -64,10 +64,9 @@ def with_outcome(records: Records, outcome: str) -> Records:
 # -- the lines ---------------------------------------------------------------------------------------
 
 
-def test_a_failed_request_writes_one_line_with_its_incident_times_and_traceback(
-    serve: Serve, records: Records
-) -> None:
-    server = serve(moody)
+def test_failed_request(serve: Serve, records: Records) -> None:
+    """One line, with incident, times and traceback."""
+    server = serve(fail_on_request)
     answer = httpx.post(server.url, content="raise", headers={"x-request-id": "mine-1"})
     assert answer.status_code == 500
     [record] = records
@@ -79,7 +78,7 @@ def test_a_failed_request_writes_one_line_with_its_incident_times_and_traceback(
     assert (found["outcome"], found["items"], found["server"]) == ("failed", 1, "default")
     assert 0 <= found["model_ms"] <= found["latency_ms"] < 60_000
     assert found["queue_ms"] >= 0
-    assert found["error"].startswith("LookupError at test_logging.py:")
+    assert found["error"].startswith("LookupError at test_log.py:")
     for word in (
         found["incident"],
         "request_id=mine-1",
@@ -93,10 +92,9 @@ def test_a_failed_request_writes_one_line_with_its_incident_times_and_traceback(
     )
 
 
-def test_answers_write_nothing_and_a_clients_mistake_is_information_without_its_text(
-    serve: Serve, records: Records
-) -> None:
-    server = serve(moody)
+def test_client_errors_at_info(serve: Serve, records: Records) -> None:
+    """Without text of the client. Answered requests are not logged."""
+    server = serve(fail_on_request)
     assert httpx.post(server.url, content="fine").status_code == 200
     assert records == []
     body = '{"inputs": "a", "parameters": {"evil\\nERROR": 1}}'
@@ -108,7 +106,7 @@ def test_answers_write_nothing_and_a_clients_mistake_is_information_without_its_
     assert "evil" not in logging.Formatter().format(record)
 
 
-def test_refusals_and_late_requests_are_warnings_with_the_reason(serve: Serve, records: Records) -> None:
+def test_shed_and_expired_at_warning(serve: Serve, records: Records) -> None:
     gate, inside = threading.Event(), threading.Event()
 
     def wait(texts: list[str]) -> list[str]:
@@ -134,10 +132,9 @@ def test_refusals_and_late_requests_are_warnings_with_the_reason(serve: Serve, r
     assert "the queue is full" in fields(shed)["reason"]
 
 
-def test_requests_of_one_failed_batch_have_a_line_each_and_one_traceback(
-    serve: Serve, records: Records
-) -> None:
-    server = serve(lambda texts: [], max_wait_ms=200)  # the wrong number of outputs: nobody is answered
+def test_failed_batch(serve: Serve, records: Records) -> None:
+    """A line for each request, one traceback for each incident."""
+    server = serve(lambda texts: [], max_wait_ms=200)  # the wrong number of outputs fails the batch
     clients = [
         threading.Thread(target=httpx.post, args=(server.url,), kwargs={"content": text, "timeout": 30})
         for text in "abc"
@@ -152,10 +149,8 @@ def test_requests_of_one_failed_batch_have_a_line_each_and_one_traceback(
     assert sum("Traceback" in logging.Formatter().format(each) for each in failed) == len(incidents)
 
 
-def test_one_cause_writes_a_bounded_number_of_lines_and_then_how_many_were_left_out(
-    serve: Serve, records: Records
-) -> None:
-    server = serve(moody)
+def test_lines_of_one_cause_are_bounded(serve: Serve, records: Records) -> None:
+    server = serve(fail_on_request)
     server("fine")  # so that the breaker stays closed
     for _ in range(4 * MOST_LINES):
         assert httpx.post(server.url, content="raise").status_code == 500
@@ -167,7 +162,7 @@ def test_one_cause_writes_a_bounded_number_of_lines_and_then_how_many_were_left_
     assert "LookupError" in fields(summary)["cause"]
 
 
-def test_the_breaker_says_when_it_opens_and_when_it_closes(serve: Serve, records: Records) -> None:
+def test_breaker_opens_and_closes(serve: Serve, records: Records) -> None:
     broken = threading.Event()
     broken.set()
 
@@ -178,7 +173,7 @@ def test_the_breaker_says_when_it_opens_and_when_it_closes(serve: Serve, records
 
     server = serve(model)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        # A function can be told from its inputs only by many of them, over 10 s.
+        # For a function it takes 10 s and 5 different inputs until the breaker opens.
         numbers = itertools.count()
         until(lambda: client.post("/", content=f"a{next(numbers)}").status_code == 503, timeout=40)
         [opened] = [each for each in records if fields(each).get("breaker") == "open"]
@@ -192,10 +187,8 @@ def test_the_breaker_says_when_it_opens_and_when_it_closes(serve: Serve, records
     assert closed.levelname == "INFO"
 
 
-def test_the_death_of_the_model_thread_is_an_error_with_what_it_died_of(
-    serve: Serve, records: Records
-) -> None:
-    server = serve(moody)
+def test_model_thread_died(serve: Serve, records: Records) -> None:
+    server = serve(fail_on_request)
     server("a")
     [thread] = [each for each in threading.enumerate() if each.name == "serving-kit-model"]
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -211,8 +204,8 @@ def test_the_death_of_the_model_thread_is_an_error_with_what_it_died_of(
     assert until(lambda: server("c")) == "C"
 
 
-def test_settings_that_change_say_by_whom_and_what_they_were(serve: Serve, records: Records) -> None:
-    server = serve(moody, max_batch_size=8)
+def test_settings_changed(serve: Serve, records: Records) -> None:
+    server = serve(fail_on_request, max_batch_size=8)
     server.tune(max_batch_size=4)
     token = {"authorization": f"Bearer {server.token}"}
     assert httpx.patch(f"{server.url}/settings", json={"max_wait_ms": 2}, headers=token).status_code == 200
@@ -224,22 +217,25 @@ def test_settings_that_change_say_by_whom_and_what_they_were(serve: Serve, recor
 
 
 @pytest.mark.parametrize("name", ["self", "by"])
-def test_no_name_of_a_setting_reaches_an_argument_of_ours(serve: Serve, name: str) -> None:
-    server = serve(moody)
+def test_setting_named_like_an_argument(serve: Serve, name: str) -> None:
+    """Names of `tune`'s own arguments are unknown settings."""
+    server = serve(fail_on_request)
     token = {"authorization": f"Bearer {server.token}"}
     answer = httpx.patch(f"{server.url}/settings", json={name: 1}, headers=token)
     assert (answer.status_code, "there is no setting" in answer.text) == (422, True)
 
 
-def test_a_server_that_takes_the_place_of_another_says_so(serve: Serve, records: Records) -> None:
-    first = serve(moody)
-    second = serve(moody, port=0)
+def test_server_replaced(serve: Serve, records: Records) -> None:
+    first = serve(fail_on_request)
+    second = serve(fail_on_request, port=0)
     assert second.url == first.url
     [record] = [each for each in records if "was replaced" in each.getMessage()]
     assert (record.levelname, fields(record)["url"]) == ("INFO", second.url)
 
 
-def test_handlers_of_the_root_logger_get_the_lines_and_a_broken_one_fails_no_request(serve: Serve) -> None:
+def test_root_handlers(serve: Serve) -> None:
+    """A handler that raises fails no request."""
+
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             raise OSError("disk full")
@@ -249,7 +245,7 @@ def test_handlers_of_the_root_logger_get_the_lines_and_a_broken_one_fails_no_req
     for handler in handlers:
         root.addHandler(handler)
     try:
-        server = serve(moody)
+        server = serve(fail_on_request)
         assert httpx.post(server.url, content="raise").status_code == 500
         until(lambda: "LookupError: deep inside" in stream.getvalue())
     finally:
@@ -257,10 +253,8 @@ def test_handlers_of_the_root_logger_get_the_lines_and_a_broken_one_fails_no_req
             root.removeHandler(handler)
 
 
-def test_without_any_configuration_a_server_in_a_process_of_its_own_writes_nothing(
-    serve: Serve, capfd: pytest.CaptureFixture[str]
-) -> None:
-    server = serve(moody)
+def test_unconfigured_logging_prints_nothing(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
+    server = serve(fail_on_request)
     capfd.readouterr()
     assert httpx.post(server.url, content="raise").status_code == 500
     assert any("LookupError: deep inside" in line for line in server.logs())
@@ -271,7 +265,7 @@ def test_without_any_configuration_a_server_in_a_process_of_its_own_writes_nothi
 # -- the limiter -------------------------------------------------------------------------------------
 
 
-def test_the_limiter_counts_each_cause_for_itself_and_begins_again_after_its_period() -> None:
+def test_limiter_counts_each_cause() -> None:
     limiter = Limiter(most=2, period_s=60)
     assert [limiter.admits(20, "a", now) for now in (0, 1, 2, 3)] == [True, True, False, False]
     assert limiter.admits(20, "b", 3)
@@ -282,7 +276,7 @@ def test_the_limiter_counts_each_cause_for_itself_and_begins_again_after_its_per
     assert limiter.ended(1000) == [], "what was not left out is not reported"
 
 
-def test_the_limiter_is_bounded_also_for_causes_without_end() -> None:
+def test_limiter_bounds_number_of_causes() -> None:
     limiter = Limiter(most=1, period_s=60)
     admitted = sum(limiter.admits(20, f"cause {number}", 0) for number in range(10_000))
     assert admitted < 300
@@ -292,8 +286,8 @@ def test_the_limiter_is_bounded_also_for_causes_without_end() -> None:
 # -- the list of failures ----------------------------------------------------------------------------
 
 
-def test_only_the_owner_lists_failures_over_http(serve: Serve) -> None:
-    server = serve(moody)
+def test_errors_route_needs_token(serve: Serve) -> None:
+    server = serve(fail_on_request)
     with httpx.Client(base_url=server.url, timeout=30) as client:
         told = [
             client.post("/", content=text, headers={"x-request-id": name}).json()["incident"]
@@ -313,8 +307,8 @@ def test_only_the_owner_lists_failures_over_http(serve: Serve) -> None:
     assert described["security"] == [{"token": []}]
 
 
-def test_a_failure_is_kept_with_head_and_tail_only(serve: Serve) -> None:
-    server = serve(moody, expose_errors=True)
+def test_long_error_texts_are_shortened(serve: Serve) -> None:
+    server = serve(fail_on_request, expose_errors=True)
     answer = httpx.post(server.url, content="large")
     assert len(answer.content) < 20_000
     [incident] = server.errors()
@@ -325,8 +319,8 @@ def test_a_failure_is_kept_with_head_and_tail_only(serve: Serve) -> None:
     assert incident.error.startswith("ValueError: begin")
 
 
-def test_a_history_longer_than_what_is_kept_is_answered_with_what_is_kept(serve: Serve) -> None:
-    server = serve(moody)
+def test_series_bounded_by_history(serve: Serve) -> None:
+    server = serve(fail_on_request)
     assert len(server.stats(series=1_000_000)["series"]) == 300
     assert "series" not in server.stats(series=-1)
 
@@ -347,7 +341,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return written
 
 
-def test_under_plain_uvicorn_the_traceback_is_on_stderr(tmp_path: Path) -> None:
+def test_uvicorn_traceback_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(
         "import serving_kit\n\n"
         "def f(texts):\n    raise LookupError('deep inside')\n\n"
@@ -363,10 +357,10 @@ def test_under_plain_uvicorn_the_traceback_is_on_stderr(tmp_path: Path) -> None:
     assert f"incident={answer.json()['incident']}" in written
     assert f"request_id={answer.headers['x-request-id']}" in written
     assert "LookupError: deep inside" in written
-    assert owners.status_code == 403, "without a token nobody is the owner"
+    assert owners.status_code == 403, "without a token the list is closed"
 
 
-def test_json_lines_have_the_fields_and_the_traceback_as_one_string() -> None:
+def test_json_formatter() -> None:
     record = logging.makeLogRecord(
         {"name": "serving_kit", "levelname": "ERROR", "msg": "request failed", "incident": "ab", "items": 2}
     )

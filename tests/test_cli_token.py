@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.test_drain import command
+from tests.support_process import command
 
 pytestmark = pytest.mark.light
 
@@ -20,7 +20,7 @@ def printed(server: Any) -> str:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_token_from_the_environment_is_not_printed(
+def test_token_from_environment_not_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     monkeypatch.setenv("SERVING_KIT_TOKEN", "a-secret-of-the-operator")
@@ -35,9 +35,7 @@ def test_a_token_from_the_environment_is_not_printed(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_token_that_is_made_here_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
-) -> None:
+def test_generated_token_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.delenv("SERVING_KIT_TOKEN", raising=False)
     with command(tmp_path, "--host", host) as server:
         text = printed(server)

@@ -1,4 +1,4 @@
-"""torch's threads: as many as were asked for, and by default no more than the process may keep busy."""
+"""The number of torch's threads: as given, and by default no more than CPU affinity and quota allow."""
 
 from __future__ import annotations
 
@@ -48,19 +48,20 @@ def last_line(script: str) -> Any:
 
 
 @only_where_affinity_can_be_set
-def test_an_app_takes_no_more_threads_than_it_may_keep_busy() -> None:
+def test_app_uses_no_more_than_allowed_cpus() -> None:
     assert last_line(APP) == 1
 
 
 @only_where_affinity_can_be_set
 @pytest.mark.parametrize(("variable", "threads"), [("SERVING_KIT_THREADS", "2"), ("OMP_NUM_THREADS", "3")])
-def test_an_app_takes_the_threads_that_it_is_told_to(
+def test_app_thread_count_from_environment(
     variable: str, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, threads)
     assert last_line(APP) == int(threads)
 
 
-def test_in_a_notebook_the_number_is_left_alone_unless_it_is_given() -> None:
+def test_notebook_thread_count() -> None:
+    """Unchanged unless `threads` is given."""
     said = run_script(NOTEBOOK, timeout=120).stdout.splitlines()
     assert [line for line in said if not line.startswith("serving")] == ["3 3", "2 2"]

@@ -1,4 +1,4 @@
-"""What the metrics and the snapshot say, also while other threads change what they read."""
+"""`/metrics` and `/stats` of a server, also while other threads change what they read."""
 
 import itertools
 import sys
@@ -20,7 +20,7 @@ def shout(texts: list[str]) -> list[str]:
     return [text.upper() for text in texts]
 
 
-def test_metrics_describe_build_model_process_and_readiness(serve: Serve) -> None:
+def test_metrics_route(serve: Serve) -> None:
     server = serve(shout, name="loud")
     text = httpx.get(f"{server.url}/metrics").text
     for line in (
@@ -42,13 +42,13 @@ def test_metrics_describe_build_model_process_and_readiness(serve: Serve) -> Non
     assert openmetrics.text.endswith("# EOF\n")
 
 
-def test_a_refusal_by_the_breaker_is_not_counted_as_load(serve: Serve) -> None:
+def test_breaker_rejections_are_not_shed(serve: Serve) -> None:
     def broken(texts: list[str]) -> list[str]:
         raise LookupError
 
     server = serve(broken)
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        # A function can be told from its inputs only by many of them, over 10 s.
+        # For a function it takes 10 s and 5 different inputs until the breaker opens.
         numbers = itertools.count()
         until(lambda: client.post("/", content=f"x{next(numbers)}").status_code == 503, timeout=40)
         stats = client.get("/stats", params={"series": 60}).json()
@@ -58,13 +58,13 @@ def test_a_refusal_by_the_breaker_is_not_counted_as_load(serve: Serve) -> None:
     assert sum(point["other"] for point in stats["series"]) == 0
 
 
-def test_everything_can_be_read_while_knobs_move_and_requests_run_and_fail(serve: Serve) -> None:
-    def moody(texts: list[str]) -> list[str]:
+def test_reads_during_changes(serve: Serve) -> None:
+    def fail_on_request(texts: list[str]) -> list[str]:
         if "raise" in texts:
             raise LookupError
         return texts
 
-    server, over = serve(moody, max_batch_size=2), threading.Event()
+    server, over = serve(fail_on_request, max_batch_size=2), threading.Event()
     server("a")
     problems: list[BaseException] = []
 
