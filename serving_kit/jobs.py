@@ -27,14 +27,16 @@ class Job:
         """Pass one event on. What comes after the end is ignored."""
         if self.ended.done():
             return
+        if (
+            self._news is not None
+        ):  # first: a reader that wakes for nothing waits on, one that is not woken hangs
+            self._news.set()
         if isinstance(event, Chunk):
             if self._chunks is None:
                 self._chunks = deque()
             self._chunks.append(event.value)
         else:
             self.ended.set_result(event)
-        if self._news is not None:
-            self._news.set()
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event, in order; for one reader. Nothing comes after the end."""
