@@ -187,7 +187,7 @@ class _DrainingUvicorn(uvicorn.Server):
         """End without waiting any longer: what is unfinished gets its 503."""
         for task in self.server_state.tasks:
             task.cancel()
-        self._service.abandon()
+        self._service.release()
         self.should_exit = True
         asyncio.get_running_loop().call_later(_ANSWER_S, self._close_connections)
 

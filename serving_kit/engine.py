@@ -49,7 +49,7 @@ from serving_kit.failures.recovery import (
     Rerun,
     RunCanary,
     Settle,
-    Suspicion,
+    Suspected,
     attribute,
     recover,
 )
@@ -333,8 +333,8 @@ class Engine:
     def _conclude(self, conclusions: Conclusions, now: float) -> None:
         if conclusions.unreported is not None:
             self._client_error(conclusions.unreported, alone=True)
-        for suspicion in conclusions.suspicions:
-            self._suspect(suspicion, now)
+        for each in conclusions.suspected:
+            self._record_failure(each, now)
         if many := conclusions.too_large:
             self.scheduler.memory_limit.exceeded(longest(many), padded(many), now)
         if self._failed_step is not None:
@@ -344,13 +344,13 @@ class Engine:
                     self._release(item)
             self._failed_step, self._continuing = None, []
 
-    def _suspect(self, suspicion: Suspicion, now: float) -> None:
+    def _record_failure(self, suspected: Suspected, now: float) -> None:
         """Count a failure against the model; if it is not known to be broken, an inconclusive one."""
-        why = type(suspicion.failure.error).__name__[:60]
-        if suspicion.healthy is False:
+        why = type(suspected.failure.error).__name__[:60]
+        if suspected.healthy is False:
             opened = self.breaker.failed(now, why)
         else:
-            inputs = {_fingerprint(item.input) for item in suspicion.items}
+            inputs = {_fingerprint(item.input) for item in suspected.items}
             opened = self.breaker.failed_inconclusively(now, why, inputs)
         if opened:
             self._breaker_moved(Gate.OPEN)

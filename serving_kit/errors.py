@@ -6,17 +6,17 @@
     │   ├── SlowRequest         the body did not arrive in time
     │   └── UnsupportedMediaType  a form, or another kind of body, that this task does not take
     ├── InputRejected       readable, but this model cannot take this input
-    ├── Overloaded          refused at the door or dropped while waiting   (try again later)
+    ├── Overloaded          not admitted, or dropped while waiting       (try again later)
     │   └── Unavailable         not an overload: loading, broken
     │       └── Stopping            draining, stopped
     ├── DeadlineExceeded    its time was up, waiting or running
-    ├── ClientGone          nobody waits for the answer any more
+    ├── ClientGone          the client has left
     └── ModelFailed         the model, or this kit, raised
 
     SettingError            a knob was given a value that it cannot take   (a ValueError)
     StartError              a server could not start                       (a RuntimeError)
 
-The text of a `ServingError` is fit for a stranger: it never carries a path, a traceback or another
+The text of a `ServingError` is for clients: it never carries a path, a traceback or another
 client's text. What really happened is its `__cause__`, which `service.py` turns into an `Incident`
 that only the owner sees.
 """
@@ -82,7 +82,7 @@ class InputRejected(ServingError):
 
 
 class Overloaded(ServingError):
-    """Refused at the door, or dropped from the queue because it could not be answered in time.
+    """Not admitted, or dropped from the queue because it could not be answered in time.
 
     Attributes:
         retry_after: Seconds until trying again makes sense, from the measured drain rate; None when
@@ -113,7 +113,7 @@ class Stopping(Unavailable, RuntimeError):
 
 
 class DeadlineExceeded(ServingError):
-    """The request's time was up, in the queue or while the forward ran."""
+    """The request's time was up, in the queue or while the model ran."""
 
     outcome = Outcome.EXPIRED
 

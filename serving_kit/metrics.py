@@ -253,12 +253,12 @@ class Metrics:
                 ),
                 CounterMetricFamily(
                     "serving_kit_wasted_items",
-                    "Items run for nobody: gone or late.",
+                    "Items run in vain: the client had left, or the deadline had passed.",
                     value=self._wasted_items,
                 ),
                 gauge("serving_kit_queue_depth", "Items that wait.", ({}, load.queue_depth)),
                 gauge("serving_kit_in_flight", "Items admitted and not yet answered.", ({}, load.in_flight)),
-                self._sizes.family("serving_kit_batch_size", "Items per forward."),
+                self._sizes.family("serving_kit_batch_size", "Items per step."),
                 self._queue_time_s.family("serving_kit_queue_wait_seconds", "Arrival to start of the batch."),
                 self._model_time_s.family("serving_kit_forward_seconds", "Duration of a batch."),
                 self._latency_s.family(

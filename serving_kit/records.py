@@ -41,7 +41,7 @@ class BatchReason(StrEnum):
     BUDGET = "budget"  # one more item would exceed max_batch_tokens, or cost more than it saves
     IDLE = "idle"  # the model was free and nothing was worth waiting for
     DEADLINE = "deadline"  # the oldest item had waited max_wait_ms
-    ALL_PRESENT = "all_present"  # everybody who had been answered was back
+    ALL_PRESENT = "all_present"  # all clients that had been answered were back
     DRAIN = "drain"  # the server is stopping: finish what was admitted
     RETRY = "retry"  # a part of a batch that had failed
     CONTINUED = "continued"  # items that go on after their last step, and those that joined them

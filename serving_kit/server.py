@@ -260,7 +260,7 @@ class Server:
         try:
             self._inline.stop(drain_s)
         finally:  # also if its loop has died, or ■ interrupts the drain
-            self._service.abandon()
+            self._service.release()
 
     def _refuse_if_gone(self) -> None:
         if why := self._why_gone():

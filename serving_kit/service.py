@@ -231,17 +231,17 @@ class Service:
         try:
             return await self.batcher.stop(max(0.0, drain_s - waited))
         finally:
-            self.abandon()
+            self.release()
             self.log.close()
 
-    def abandon(self) -> None:
+    def release(self) -> None:
         """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
         self.stopped = True
         self.model = None
         self.batcher.release()
 
     def join(self, timeout: float) -> bool:
-        """Wait for the model thread's end, after `stop` or `abandon`. Returns whether it has ended."""
+        """Wait for the model thread's end, after `stop` or `release`. Returns whether it has ended."""
         return self.batcher.join(timeout)
 
     # -- one request -----------------------------------------------------------------------------
@@ -270,9 +270,9 @@ class Service:
             MalformedRequest: parameters or values that this task does not take.
             RequestTooLarge: more values than the queue can hold, or one that does not fit into memory.
             InputRejected: the model cannot take a value; the text says which of several.
-            Overloaded: refused at the door, or dropped while waiting.
+            Overloaded: not admitted, or dropped while waiting.
             Unavailable: the server is stopping, or the model is broken.
-            DeadlineExceeded: the ticket's deadline passed, also while the forward runs.
+            DeadlineExceeded: the ticket's deadline passed, also while the model runs.
             ModelFailed: the model raised.
         """
         if self.model is not None:

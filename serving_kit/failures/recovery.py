@@ -80,7 +80,7 @@ class Reply(NamedTuple):
     skipped: bool = False  # a `Rerun` that was not run, because its clients have left meanwhile
 
 
-class Suspicion(NamedTuple):
+class Suspected(NamedTuple):
     """A failure that may be the model's.
 
     Attributes:
@@ -98,12 +98,12 @@ class Conclusions:
     """What a failure says beyond its own items.
 
     Attributes:
-        suspicions: To count against the model.
+        suspected: To count against the model.
         too_large: The least that did not fit into memory together, though each item does; empty: nothing.
         unreported: A failure that no client was told of.
     """
 
-    suspicions: Sequence[Suspicion] = ()
+    suspected: Sequence[Suspected] = ()
     too_large: Sequence[Item] = ()
     unreported: Failure | None = None
 
@@ -128,7 +128,7 @@ def recover(
         thorough: Whether to bisect to the end also while the model is not known to be healthy.
     """
     case = _Case(items, failure, now, retry=retry, thorough=thorough)
-    suspicions: list[Suspicion] = []
+    suspected: list[Suspected] = []
     if failure.kind is FailureKind.MEMORY:
         now = (yield FreeMemory(failure)).now
     if case.needs_canary:
@@ -142,7 +142,7 @@ def recover(
         if reply.failure is None:
             case.passed(part)
             if reply.isolated is not None:
-                suspicions += (yield from attribute([reply.isolated], has_canary)).suspicions
+                suspected += (yield from attribute([reply.isolated], has_canary)).suspected
             continue
         if reply.failure.kind is FailureKind.MEMORY:
             now = (yield FreeMemory(reply.failure)).now
@@ -160,19 +160,19 @@ def recover(
         yield Settle(rest, case.failure, alone=case.healthy is not False and len(rest) == 1)
         case.settle(rest)
     if not case.answered and case.healthy is not True:
-        suspicions.append(Suspicion(case.failure, case.healthy, items))
-    return Conclusions(suspicions, case.too_large(), None if case.failed_items else case.failure)
+        suspected.append(Suspected(case.failure, case.healthy, items))
+    return Conclusions(suspected, case.too_large(), None if case.failed_items else case.failure)
 
 
 def attribute(isolated: Sequence[Isolated], has_canary: bool) -> Recovery:
     """Find out whether failures of single items are the model's: one run of the canary for all of them."""
-    suspects = [each for each in isolated if not each.failure.rejects_input]
-    if not suspects:
+    candidates = [each for each in isolated if not each.failure.rejects_input]
+    if not candidates:
         return Conclusions()
-    healthy, _ = yield from _is_healthy(suspects[-1].failure, has_canary, 0.0)
+    healthy, _ = yield from _is_healthy(candidates[-1].failure, has_canary, 0.0)
     if healthy is True:
         return Conclusions()
-    return Conclusions([Suspicion(each.failure, healthy, [each.item]) for each in suspects])
+    return Conclusions([Suspected(each.failure, healthy, [each.item]) for each in candidates])
 
 
 def _is_healthy(

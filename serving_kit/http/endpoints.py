@@ -63,6 +63,7 @@ class RouteTable:
         self._by_route = {("HEAD", each.path): each for each in self.endpoints if each.method == "GET"}
         self._by_route |= {(each.method, each.path): each for each in self.endpoints}
         self._open_paths = frozenset(each.path for each in self.endpoints if each.level is Level.OPEN)
+        self._error_shapes = {each.path: each.error for each in self.endpoints}
 
     def find(self, method: str, path: str) -> Endpoint | None:
         """The endpoint; None: there is none, or its path has parameters."""
@@ -74,3 +75,7 @@ class RouteTable:
         if endpoint is not None:
             return endpoint.level
         return Level.OPEN if path in self._open_paths else Level.CLIENT
+
+    def error_shape(self, path: str) -> ErrorShape:
+        """The shape of an error at this path, whatever the method."""
+        return self._error_shapes.get(path, problem_json)

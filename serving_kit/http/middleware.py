@@ -27,7 +27,7 @@ from serving_kit.errors import MalformedRequest, Stopping, Unavailable
 from serving_kit.http import problems
 from serving_kit.http.access import PRIVATE_HEADERS, Access, Denied, Headers, Level, Login, RequestHead
 from serving_kit.http.bodies import answer_unread, is_unread
-from serving_kit.http.endpoints import REQUEST_ID, SERVICE, Endpoint, RouteTable
+from serving_kit.http.endpoints import REQUEST_ID, SERVICE, RouteTable
 from serving_kit.http.routes import NOT_STARTED
 from serving_kit.service import Service
 
@@ -60,7 +60,6 @@ class Exchange:
         "_arrived_at",
         "_runtime",
         "_send",
-        "endpoint",
         "headers",
         "method",
         "path",
@@ -75,7 +74,6 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"].removeprefix(scope.get("root_path", ""))
         self.request_id = _request_id(self.headers.get(b"x-request-id"))
-        self.endpoint: Endpoint | None = None
         self.status = _CLIENT_LEFT
         self._arrived_at = time.monotonic()
         self._answered_at: float | None = None
@@ -147,7 +145,7 @@ class RequestMiddleware:
             await self._answer(exchange, receive)
         except (Exception, asyncio.CancelledError) as error:
             if not exchange.started:
-                await _answer_error(error, exchange, receive)
+                await self._answer_error(error, exchange, receive)
         finally:
             if self.access_log:
                 exchange.log()
@@ -156,7 +154,7 @@ class RequestMiddleware:
         scope, method, path = exchange.scope, exchange.method, exchange.path
         if not _has_one_host(scope, exchange.headers):
             raise MalformedRequest("a request of HTTP/1.1 has exactly one Host header")
-        endpoint = exchange.endpoint = self.table.find(method, path)
+        endpoint = self.table.find(method, path)
         if endpoint is not None:
             level, purpose = endpoint.level, endpoint.purpose
         else:
@@ -164,9 +162,8 @@ class RequestMiddleware:
         head = RequestHead(method, path, scope["query_string"], scope.get("server"), exchange.headers)
         decision = self.access.authorise(head, level, purpose)
         if isinstance(decision, Denied):
-            await _send_problem(
-                problems.denied_problem(decision, exchange.request_id.decode()), exchange, receive
-            )
+            problem = problems.denied_problem(decision, exchange.request_id.decode())
+            await self._send_problem(problem, exchange, receive)
         elif isinstance(decision, Login):
             headers = {"location": ".", "set-cookie": decision.cookie, **PRIVATE_HEADERS}
             await Response(status_code=303, headers=headers)(scope, receive, exchange.send)
@@ -177,6 +174,26 @@ class RequestMiddleware:
         else:
             await self.app(scope, receive, exchange.send)
 
+    async def _answer_error(self, error: BaseException, exchange: Exchange, receive: Receive) -> None:
+        if isinstance(error, asyncio.CancelledError):  # a server that stops cancels what is unfinished
+            error = Stopping()
+        assert isinstance(error, Exception)
+        problem = problems.error_problem(error, exchange.request_id.decode(), exchange.service)
+        if isinstance(error, Stopping):
+            response = problems.response(problem, self.table.error_shape(exchange.path))
+            if exchange.scope["http_version"] in ("1.0", "1.1"):
+                response.headers["connection"] = "close"
+            await response(exchange.scope, receive, exchange.send)
+        else:
+            await self._send_problem(problem, exchange, receive)
+
+    async def _send_problem(self, problem: problems.Problem, exchange: Exchange, receive: Receive) -> None:
+        response = problems.response(problem, self.table.error_shape(exchange.path))
+        if is_unread(exchange.scope, exchange.headers):
+            await answer_unread(response, exchange.scope, receive, exchange.send, exchange.stopping)
+        else:
+            await response(exchange.scope, receive, exchange.send)
+
 
 async def raise_again(request: Request, error: Exception) -> Response:
     """Starlette's handler of 404 and 405: leaves them to `RequestMiddleware`, like every other error."""
@@ -186,33 +203,6 @@ async def raise_again(request: Request, error: Exception) -> Response:
         methods = {method for route in routes if isinstance(route, Route) for method in route.methods or ()}
         error.headers = {"allow": ", ".join(sorted(methods))}
     raise error
-
-
-async def _answer_error(error: BaseException, exchange: Exchange, receive: Receive) -> None:
-    if isinstance(error, asyncio.CancelledError):  # a server that stops cancels what is unfinished
-        error = Stopping()
-    assert isinstance(error, Exception)
-    problem = problems.error_problem(error, exchange.request_id.decode(), exchange.service)
-    if not isinstance(error, Stopping):
-        await _send_problem(problem, exchange, receive)
-        return
-    response = _response(problem, exchange)
-    if exchange.scope["http_version"] in ("1.0", "1.1"):
-        response.headers["connection"] = "close"
-    await response(exchange.scope, receive, exchange.send)
-
-
-async def _send_problem(problem: problems.Problem, exchange: Exchange, receive: Receive) -> None:
-    response = _response(problem, exchange)
-    if is_unread(exchange.scope, exchange.headers):
-        await answer_unread(response, exchange.scope, receive, exchange.send, exchange.stopping)
-    else:
-        await response(exchange.scope, receive, exchange.send)
-
-
-def _response(problem: problems.Problem, exchange: Exchange) -> Response:
-    shape = exchange.endpoint.error if exchange.endpoint is not None else problems.problem_json
-    return problems.response(problem, shape)
 
 
 def _has_one_host(scope: Scope, headers: Headers) -> bool:

@@ -11,18 +11,18 @@ laptop, a noisy neighbour, a model that waits for something.
   at its time. Weights are 1/t^2, so that the error is relative and long batches do not hide short ones.
 - Level: exponential smoothing of log(actual / predicted), without bounds, with the adaptive gain of
   Trigg and Leach (1967): |mean error| / mean |error|. Errors in one direction raise the gain, so that a
-  lasting change is believed after two or three batches; errors in both directions, as a model with two
+  lasting change is adopted after two or three batches; errors in both directions, as a model with two
   speeds makes them, lower it. The gain is one batch old (Shone's variant) and a single surprise counts
   as three times at most, so that one hiccup moves little.
 - Tail: the 95th percentile of actual / predicted, by stochastic gradient descent on the pinball loss in
   log space.
 
-The scheduler refuses requests by these numbers, and what is refused teaches nothing. So where the data
-leave room for doubt, the doubt counts in favour of admitting and of larger batches: `drain` and
+The scheduler refuses requests by these numbers, and nothing is learned from what is refused. So where the
+data are uncertain, the uncertainty counts in favour of admitting and of larger batches: `drain` and
 `budget` use the smallest slope that the data allow (two standard errors below `b`, zero while only one
 size has been seen). A budget that only this slope allows is at most twice the largest batch seen lately:
 with costs a + b * x >= 0 the next batch then takes at most twice as long as that one. As batches of
-other sizes are forgotten the doubt grows again, so that no budget is final.
+other sizes are forgotten the uncertainty grows again, so that no budget is final.
 
 Not here: what to do with the numbers (`scheduler.py`), when to stop trusting them (`watchdog.py`).
 """

@@ -395,7 +395,7 @@ class Scheduler:
         if self._in_time:
             late = 2 * sum(item.deadline < now for item in batch.items) > len(batch.items)
             self._watchdog.batch_done(late=late)
-        if why := self._watchdog.verdict(now):
+        if why := self._watchdog.assess(now):
             self.cost.relearn()
         return why
 

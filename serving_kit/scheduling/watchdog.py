@@ -63,7 +63,7 @@ class Watchdog:
         """A batch that was expected to end in time has ended; `late`: most of its items were too late."""
         self._late.append(late)
 
-    def verdict(self, now: float) -> str:
+    def assess(self, now: float) -> str:
         """Why the cost cannot be trusted; empty if it can. Starts to count anew if it cannot."""
         for seen, why in (
             (self._late, "most batches ended after the deadlines that they were expected to meet"),

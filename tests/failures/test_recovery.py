@@ -151,7 +151,7 @@ def test_failing_canary_ends_it() -> None:
     driver = Driver(lambda values: LookupError(), canary=False)
     conclusions = driver.recover(batch(8))
     assert (driver.reruns, driver.canaries) == ([], 1)
-    assert [each.healthy for each in conclusions.suspicions] == [False]
+    assert [each.healthy for each in conclusions.suspected] == [False]
     assert len(driver.settled) == 8
     assert not any(each.alone for each in driver.settled.values())
 
@@ -161,7 +161,7 @@ def test_bisection_to_the_failing_item() -> None:
     conclusions = driver.recover(batch(4))
     assert sorted(driver.reruns) == [["v0", "v1"], ["v2"], ["v2", "v3"], ["v3"]]
     assert list(driver.settled) == ["v2"]
-    assert not conclusions.suspicions
+    assert not conclusions.suspected
     assert conclusions.unreported is None
 
 
@@ -169,7 +169,7 @@ def test_no_canary_runs_only_its_own_items() -> None:
     driver = Driver(raise_for("v0"), canary=None)
     conclusions = driver.recover([running("v0")])
     assert (driver.reruns, driver.canaries) == ([], 0)
-    assert [each.healthy for each in conclusions.suspicions] == [None]
+    assert [each.healthy for each in conclusions.suspected] == [None]
 
 
 @settings(deadline=None)
@@ -187,7 +187,7 @@ def test_without_retry_it_fails_whole() -> None:
     conclusions = driver.recover(batch(8), retry=False)
     assert (driver.reruns, driver.canaries) == ([], 1)
     assert len(driver.settled) == 8
-    assert not conclusions.suspicions
+    assert not conclusions.suspected
 
 
 def test_wrong_number_of_outputs() -> None:
@@ -277,14 +277,14 @@ def test_no_memory_for_the_canary(size: int) -> None:
     conclusions = driver.recover(batch(size))
     assert not any(each.alone for each in driver.settled.values())
     assert (len(driver.reruns), driver.canaries) == (size - 1, 1)
-    assert [each.healthy for each in conclusions.suspicions] == [False]
+    assert [each.healthy for each in conclusions.suspected] == [False]
 
 
 def test_every_item_too_large() -> None:
     driver = Driver(lambda values: MemoryError())
     conclusions = driver.recover(batch(2))
     assert all(each.alone for each in driver.settled.values())
-    assert not conclusions.suspicions
+    assert not conclusions.suspected
 
 
 def test_memory_is_freed_each_time() -> None:
@@ -326,13 +326,13 @@ def test_what_counts_against_the_model(
     driver = Driver(lambda values: None, canary=canary)
     isolated = Isolated(running("v"), failure(error))
     conclusions = driver.run(attribute([isolated], canary is not None))
-    assert [each.healthy for each in conclusions.suspicions] == healthy
+    assert [each.healthy for each in conclusions.suspected] == healthy
 
 
 def test_one_canary_for_several_items() -> None:
     driver = Driver(lambda values: None, canary=False)
     several = [Isolated(item, failure(ValueError())) for item in batch(3)]
-    assert len(driver.run(attribute(several, True)).suspicions) == 3
+    assert len(driver.run(attribute(several, True)).suspected) == 3
     assert driver.canaries == 1
 
 

@@ -125,6 +125,7 @@ def test_another_dialect() -> None:
         assert malformed.json() == {"error": {"message": "input must be a list", "code": 400}}
         denied = client.post("/v1/shout", json={}, headers={"origin": "https://evil.example"})
         assert denied.json()["error"]["code"] == 403
+        assert client.get("/v1/shout").json()["error"]["code"] == 405
         paths = client.get("/openapi.json").json()["paths"]
         assert paths["/v1/shout"]["post"]["operationId"] == "shout"
         assert "get" in paths["/v1/models"]

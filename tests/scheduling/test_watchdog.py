@@ -68,10 +68,10 @@ def test_late_batches() -> None:
 def test_most_of_sixteen_batches_late() -> None:
     watchdog = Watchdog()
     for number in range(16):
-        assert watchdog.verdict(0.0) == ""
+        assert watchdog.assess(0.0) == ""
         watchdog.batch_done(late=number % 16 < 9)
-    assert "ended after the deadlines" in watchdog.verdict(5.0)
-    assert watchdog.verdict(5.0) == "", "it counts anew"
+    assert "ended after the deadlines" in watchdog.assess(5.0)
+    assert watchdog.assess(5.0) == "", "it counts anew"
     assert "is learned again" in watchdog.reason(35.0)
     assert watchdog.reason(35.1) == ""
 
@@ -80,7 +80,7 @@ def test_half_of_sixteen_batches_late() -> None:
     watchdog = Watchdog()
     for number in range(64):
         watchdog.batch_done(late=number % 2 == 0)
-        assert watchdog.verdict(0.0) == ""
+        assert watchdog.assess(0.0) == ""
 
 
 def refuse_and_answer(watchdog: Watchdog, answered_after_s: float) -> None:
@@ -95,7 +95,7 @@ def test_refusals_wrong_by_two(answered_after_s: float, wrong: bool) -> None:
     watchdog = Watchdog()
     for _ in range(8):
         refuse_and_answer(watchdog, answered_after_s)
-    assert bool(watchdog.verdict(0.0)) is wrong
+    assert bool(watchdog.assess(0.0)) is wrong
 
 
 def test_item_that_left_says_nothing() -> None:
@@ -104,4 +104,4 @@ def test_item_that_left_says_nothing() -> None:
         watchdog.refused([ahead], 10.0, 1.0, 0.0)
         watchdog.item_gone(ahead)
         watchdog.item_done(ahead, 0.1)
-    assert watchdog.verdict(0.0) == ""
+    assert watchdog.assess(0.0) == ""
