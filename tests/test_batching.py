@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from serving_kit.batching import Handover
 from serving_kit.engine import Engine
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -28,6 +27,7 @@ from serving_kit.failures.breaker import Gate
 from serving_kit.model import FailureKind, Input
 from serving_kit.records import BatchReason, BatchRecord, FailureRecord, Record
 from serving_kit.settings import Settings
+from serving_kit.worker import Handover
 from tests.support_core import (
     PATIENCE_S,
     Bench,
