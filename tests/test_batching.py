@@ -251,7 +251,7 @@ def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system has no thread to give: it is tried again."""
-    monkeypatch.setattr("serving_kit.batching._NO_THREAD_S", 0.01)
+    monkeypatch.setattr("serving_kit.worker._NO_THREAD_S", 0.01)
     start, refusals = threading.Thread.start, 3
 
     def stingy(thread: threading.Thread) -> None:
