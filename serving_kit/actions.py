@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from serving_kit.failures.classify import Failure
 from serving_kit.items import Item
-from serving_kit.model import Input, More, Prepared
+from serving_kit.model import AnyPrepared, Input, More
 from serving_kit.records import BatchReason
 
 
@@ -46,7 +46,7 @@ class Free(NamedTuple):
 class Release(NamedTuple):
     """Release what these items hold in the model. Result: None."""
 
-    prepared: Sequence[Prepared[Any]]
+    prepared: Sequence[AnyPrepared]
 
 
 class Sleep(NamedTuple):
@@ -65,7 +65,7 @@ Action = Prepare | Step | Canary | Free | Release | Sleep | Exit
 class Answered(NamedTuple):
     """An item has ended with this answer."""
 
-    answer: Any
+    answer: object
 
 
 ItemResult = Answered | More | Failure

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from serving_kit.actions import (
     Action,
@@ -54,7 +54,7 @@ from serving_kit.failures.recovery import (
     recover,
 )
 from serving_kit.items import Drop, Item, ItemState, longest, padded
-from serving_kit.model import FailureKind, Input, More, Prepared
+from serving_kit.model import AnyPrepared, FailureKind, Input, More
 from serving_kit.records import (
     BatchReason,
     BatchRecord,
@@ -104,7 +104,7 @@ class Engine:
         self._tidied_at = -math.inf  # when memory was last searched thoroughly
         self._events: list[tuple[Item, Event]] = []
         self._records: list[Record] = []
-        self._to_release: list[Prepared[Any]] = []
+        self._to_release: list[AnyPrepared] = []
 
     # -- clients and owners ----------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class Engine:
     # -- inside: steps ---------------------------------------------------------------------------
 
     def _prepared(
-        self, items: Sequence[Item], results: Sequence[Prepared[Any] | Failure | None], now: float
+        self, items: Sequence[Item], results: Sequence[AnyPrepared | Failure | None], now: float
     ) -> None:
         failures = []
         for item, result in zip(items, results, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from serving_kit.errors import ServingError
 
@@ -10,13 +10,13 @@ from serving_kit.errors import ServingError
 class Chunk(NamedTuple):
     """A piece of the answer; more follows."""
 
-    value: Any
+    value: object
 
 
 class Done(NamedTuple):
     """The answer."""
 
-    value: Any
+    value: object
     queue_wait_s: float | None = None  # from arrival to the start of its first step
     model_time_s: float | None = None  # from there to the end of its last step
 

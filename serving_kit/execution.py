@@ -8,12 +8,11 @@ Not here: which action (`engine.py`), the thread (`batching.py`), models (`model
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from serving_kit.actions import Action, Answered, Canary, Executed, Free, ItemResult, Prepare, Release, Step
 from serving_kit.failures.classify import Failure, WrongNumberOfOutputs
 from serving_kit.items import Item, ItemState
-from serving_kit.model import Done, Input, Model, More, Part, Prepared, StepResult
+from serving_kit.model import AnyPrepared, Done, Input, Model, More, Part, StepResult
 
 
 def perform(model: Model, action: Action, clock: Callable[[], float]) -> object:
@@ -32,7 +31,7 @@ def perform(model: Model, action: Action, clock: Callable[[], float]) -> object:
     return None
 
 
-def prepare(model: Model, given: Input) -> Prepared[Any] | Failure:
+def prepare(model: Model, given: Input) -> AnyPrepared | Failure:
     """One input, ready for the model."""
     try:
         return model.prepare(given.value, given.parameters)
@@ -79,12 +78,12 @@ def run_canary(model: Model, example: Input) -> bool:
         return False
 
 
-def _prepare_waiting(model: Model, item: Item) -> Prepared[Any] | Failure | None:
+def _prepare_waiting(model: Model, item: Item) -> AnyPrepared | Failure | None:
     """Prepare an item unless its client has left since; its state is read without the lock."""
     return prepare(model, item.input) if item.state is ItemState.WAITING else None
 
 
-def _finish(model: Model, prepared: Prepared[Any], result: StepResult) -> ItemResult:
+def _finish(model: Model, prepared: AnyPrepared, result: StepResult) -> ItemResult:
     """The client's answer, what goes on, or a failure of this item alone."""
     if isinstance(result, More):
         return result
@@ -102,6 +101,6 @@ def _failure(model: Model, error: BaseException) -> Failure:
     return Failure(error, model.classify(error))
 
 
-def _prepared(item: Item) -> Prepared[Any]:
+def _prepared(item: Item) -> AnyPrepared:
     assert item.prepared is not None, "an item ran before it was prepared. This is a bug."
     return item.prepared

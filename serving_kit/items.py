@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from serving_kit.model import Input, Prepared, padded_tokens
+from serving_kit.model import AnyPrepared, Input, padded_tokens
 
 _NO_INPUT = Input(None)
 
@@ -33,7 +33,7 @@ class Item:
     input: Input = _NO_INPUT
     payload: Any = None  # the owner's own
     key: Hashable | None = None  # items share a step only if their keys are equal; None until prepared
-    prepared: Prepared[Any] | None = None
+    prepared: AnyPrepared | None = None
     stream_deadline: float | None = None  # absolute, from the first chunk on; None: not a stream
     state: ItemState = ItemState.WAITING
     started: float | None = None  # when its first step was chosen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any
 
 from serving_kit.events import Chunk, End, Event
 
@@ -21,7 +20,7 @@ class Job:
 
     def __init__(self, ended: asyncio.Future[End]) -> None:
         self.ended = ended
-        self._chunks: deque[Any] | None = None  # none yet
+        self._chunks: deque[object] | None = None  # none yet
         self._news: asyncio.Event | None = None
 
     def emit(self, event: Event) -> None:

@@ -24,8 +24,8 @@ P = TypeVar("P")  # what `prepare` makes of one input: the model's own type
 class Input(NamedTuple):
     """One input as a client sent it: a value, and the call parameters."""
 
-    value: Any
-    parameters: Mapping[str, Any] = {}
+    value: object
+    parameters: Mapping[str, object] = {}
 
 
 class Work(NamedTuple):
@@ -68,17 +68,20 @@ class Prepared(NamedTuple, Generic[P]):
     key: Hashable = ()
 
 
+AnyPrepared = Prepared[Any]
+
+
 class Part(NamedTuple):
     """One item in a step: its sequence, and the tokens that it may compute in this step."""
 
-    prepared: Prepared[Any]
+    prepared: AnyPrepared
     tokens: int
 
 
 class Done(NamedTuple):
     """The item has ended; `finish` makes the answer of `output`."""
 
-    output: Any
+    output: object
 
 
 class More(NamedTuple):
@@ -89,7 +92,7 @@ class More(NamedTuple):
         work: What its next step costs.
     """
 
-    chunk: Any = None
+    chunk: object = None
     work: Work = Work()
 
 
@@ -142,10 +145,10 @@ class Model(Protocol):
     def example(self) -> Input | None:
         """An input that it has answered well; None: there is none that may be run again."""
 
-    def estimate(self, value: Any) -> Work:
+    def estimate(self, value: object) -> Work:
         """The rough cost of an input before `prepare`. Loop thread; cheap, without a tokenizer."""
 
-    def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared[Any]:
+    def prepare(self, value: object, parameters: Mapping[str, object]) -> AnyPrepared:
         """Check and convert one input.
 
         Raises:
@@ -155,10 +158,10 @@ class Model(Protocol):
     def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
         """Run the model once on items of one key. Returns one result for each part, in order."""
 
-    def finish(self, prepared: Prepared[Any], output: Any) -> Any:
+    def finish(self, prepared: AnyPrepared, output: object) -> object:
         """Make the client's answer of the output of one item."""
 
-    def release(self, prepared: Prepared[Any]) -> None:
+    def release(self, prepared: AnyPrepared) -> None:
         """Give back what an item holds (its cache). Called once it has ended in any way; idempotent."""
 
     def classify(self, error: BaseException) -> FailureKind:
@@ -208,5 +211,5 @@ class ServedModel(Model, Protocol):
     def changed(self) -> str:
         """A change to the model that answers do not show, and the remedy; empty: none. Any thread; cheap."""
 
-    def check(self, values: Sequence[Any], parameters: Mapping[str, Any]) -> None:
+    def check(self, values: Sequence[object], parameters: Mapping[str, object]) -> None:
         """Raise `MalformedRequest` for what this model never takes. Loop thread; cheap."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from serving_kit.errors import ServingError
@@ -121,7 +121,7 @@ class Incident:
     cause: str = ""  # exception class and the line that raised: equal for failures of one kind
     request_ids: tuple[str, ...] = ()  # the first requests that it ended; a batch has several
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON: what the panel and `GET /errors` show."""
         return {
             "id": self.id,

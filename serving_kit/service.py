@@ -22,7 +22,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from serving_kit.batching import Batcher, ModelThread, WorkerFactory
+from serving_kit.batching import Batcher
 from serving_kit.engine import Engine
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -44,6 +44,7 @@ from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 from serving_kit.status_reader import StatusReader
 from serving_kit.telemetry import Telemetry
+from serving_kit.worker import ModelThread, WorkerFactory
 
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
@@ -260,8 +261,8 @@ class Service:
         return Ticket(self, now, now + self.settings.timeout_s, request_id)
 
     async def predict(
-        self, values: Sequence[Any], parameters: Mapping[str, Any], ticket: Ticket
-    ) -> list[Any]:
+        self, values: Sequence[object], parameters: Mapping[str, object], ticket: Ticket
+    ) -> list[object]:
         """Answers to `values`, in order. Each is a queue item of its own; the first error ends all.
 
         Cancelling the caller gives up the items: waiting ones leave the queue at once.
@@ -305,7 +306,7 @@ class Service:
         return answers
 
     async def stream(
-        self, value: Any, parameters: Mapping[str, Any], ticket: Ticket, stream_timeout_s: float
+        self, value: object, parameters: Mapping[str, object], ticket: Ticket, stream_timeout_s: float
     ) -> AsyncIterator[Chunk | Done]:
         """The answer to one input in pieces: `Chunk`s as they come, then `Done`.
 
@@ -424,13 +425,15 @@ class Service:
         return "" if self.model is None else self.model.changed()
 
 
-def check_live_timeout(seconds: Any) -> None:
+def check_live_timeout(seconds: object) -> None:
     """Raise `SettingError` unless it is None or a positive number of seconds."""
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if seconds is not None and not (number and 0 < seconds < math.inf):
-        raise SettingError(
-            f"live_timeout_s must be a number of seconds above 0, or None for never; got {seconds!r}"
-        )
+    if seconds is None:
+        return
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < math.inf:
+        return
+    raise SettingError(
+        f"live_timeout_s must be a number of seconds above 0, or None for never; got {seconds!r}"
+    )
 
 
 def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:

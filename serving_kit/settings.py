@@ -157,7 +157,7 @@ class Settings:
         refuse_unknown(changes)
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A flat JSON object, knob: value. `Settings(**d)` reads it back."""
         return dataclasses.asdict(self)
 

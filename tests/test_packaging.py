@@ -1,5 +1,6 @@
 """What imports load, the public names, and whether the project's files agree with each other."""
 
+import ast
 import json
 import re
 import subprocess
@@ -97,3 +98,15 @@ def test_constraints_within_ranges() -> None:
             pin = pins.get(name) or pins.get(name.replace("-", "_"))
             assert pin is not None, f"{name} is not pinned for development"
             assert requirement.specifier.contains(pin), f"{name}=={pin} is outside {requirement.specifier}"
+
+
+@pytest.mark.light
+def test_tests_import_no_other_tests() -> None:
+    """What several test modules share is in `tests/support*.py`."""
+    found = []
+    for file in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{file.name}: {name}" for name in names if re.match(r"tests\.(\w+\.)*test_", name)]
+    assert found == []

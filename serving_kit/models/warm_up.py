@@ -38,7 +38,7 @@ def warm_up(model: PipelineModel) -> PipelineModel:
     if not model.steps.timed:
         return model
     fits = max_tokens is None or _LONG * short.work.longest <= max_tokens
-    long = model.prepare(example.value * _LONG, example.parameters) if fits else short
+    long = model.prepare(str(example.value) * _LONG, example.parameters) if fits else short
     return replace(model, timings=_timings(model, short, long))
 
 

@@ -28,7 +28,7 @@ def test_timings(task: str) -> None:
 
 def test_timings_make_the_cost_known() -> None:
     service = Service(load_model(tiny("fill-mask")))
-    assert service.snapshot()["cost"]["known"]
+    assert service.status().core.cost_known
 
 
 def test_no_timings_of_what_says_nothing_about_the_cost() -> None:
