@@ -37,7 +37,7 @@ from serving_kit.status import CoreStatus, Load, Running
 THREAD_NAME = "serving-kit-model"
 _LOOK_AGAIN_S = 0.1  # for a thread that should have ended
 _UNWANTED_STEP_S = 1.0  # how long a stop waits for a step whose clients have all left
-_NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
+_NO_THREAD_S = 1.0  # between tries to start a thread, while the system refuses one
 
 
 class Handover:
@@ -45,9 +45,9 @@ class Handover:
 
     Args:
         engine: What happens next.
-        model: What it happens to.
+        model: What the actions are performed on.
         clock: Seconds, monotonic.
-        deliver: Takes what the engine has to say, on the model thread.
+        deliver: Takes the events and records of the engine, on the model thread.
     """
 
     def __init__(
@@ -135,7 +135,8 @@ class ModelThread:
 
     Args:
         handover: Where the actions come from.
-        ended: Called at its end, on it, with itself and what it has died of; None: it has ended as it should.
+        ended: Called at its end, on it, with itself and the exception that has ended it; None: it has ended
+            as it should.
     """
 
     def __init__(
@@ -288,14 +289,14 @@ class Batcher:
             self._engine.stop()
             self._handover.lock.notify()
         worker = self._worker
-        if self._restart is not None:  # it is dead, and stays so
+        if self._restart is not None:  # it has died, and is not replaced any more
             self._restart.cancel()
         try:
             if worker is not None and self._stopped is not None:
                 async with asyncio.timeout(drain_s):
                     if not await self._drained(worker, self._stopped):
                         return False
-                worker.join(drain_s)  # it has said that it is done: this is the last microsecond
+                worker.join(drain_s)  # it has reported its end: this takes microseconds
         except TimeoutError:
             return False
         else:
@@ -312,7 +313,7 @@ class Batcher:
             wanted_at = now if self._unanswered else wanted_at
             if self._handover.model is None or now > wanted_at + _UNWANTED_STEP_S:
                 return False
-            with contextlib.suppress(TimeoutError):  # it may die without a word
+            with contextlib.suppress(TimeoutError):  # it may die without reporting its end
                 await asyncio.wait_for(stopped.wait(), _LOOK_AGAIN_S)
         return True
 
@@ -331,7 +332,7 @@ class Batcher:
             self._handover.lock.notify()
 
     def release(self) -> None:
-        """End the thread and let the model go; after `stop`, or if the loop has died.
+        """End the thread and release the model; after `stop`, or if the loop has died.
 
         A model call that is still stuck keeps the model until it ends.
         """
@@ -401,7 +402,7 @@ class Batcher:
 
     def _spawn(self) -> None:
         if self._restart is not None and self._worker is not None:
-            self._worker.join(_LOOK_AGAIN_S)  # the last microsecond of the one before
+            self._worker.join(_LOOK_AGAIN_S)  # it has reported its end: this takes microseconds
         self._restart = None
         self._worker = worker = self._make_worker(self._handover, self._report_end)
         try:
@@ -410,11 +411,11 @@ class Batcher:
             self._ended(worker, error, _NO_THREAD_S)
 
     def _report_end(self, worker: Worker, cause: BaseException | None) -> None:
-        """Let the loop thread know that a worker has ended. On the worker."""
+        """Tell the loop thread that a worker has ended. Called on the worker."""
         self._post(self._ended, worker, cause)
 
     def _ended(self, worker: Worker, cause: BaseException | None, at_least_s: float = 0.0) -> None:
-        """The worker is gone. Unless it was to go: end all jobs and start another."""
+        """The worker has ended. Unless it was asked to: end all jobs and start another."""
         assert self._loop is not None
         assert self._stopped is not None
         if worker is not self._worker or self._restart is not None:
@@ -434,7 +435,7 @@ class Batcher:
             self._restart = self._loop.call_later(pause_s, self._spawn)
         try:
             self._receive(output)
-        finally:  # an observer may be what is broken; the clients still come first
+        finally:  # an observer may raise; the jobs must end all the same
             self._end_all(failed)
 
     def _end_all(self, error: ServingError) -> None:
@@ -446,7 +447,7 @@ class Batcher:
             item.payload.emit(Failed(error))
 
     def _deliver(self, output: Output) -> None:
-        """Hand what the engine has to say to the loop thread. On the model thread."""
+        """Hand the output of the engine to the loop thread. Called on the model thread."""
         if output.events or output.records:
             self._post(self._receive, output)
 
