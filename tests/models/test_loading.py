@@ -32,7 +32,7 @@ except serving_kit.StartError as error:
 
 
 class Hub:
-    """A port that hangs up on everybody, and counts them."""
+    """A port that closes every connection without an answer, and counts them."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -133,7 +133,7 @@ def test_folder_without_a_task(tmp_path: Path, architecture: str, task: str) -> 
 def test_unknown_architecture(tmp_path: Path) -> None:
     """The error has an example."""
     with pytest.raises(StartError, match="Pass it: such as task='fill-mask'"):
-        serving_kit.serve(folder(tmp_path, "Unheard"), port=0)
+        serving_kit.serve(folder(tmp_path, "Unknown"), port=0)
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_folder_and_pipeline(tmp_path: Any) -> None:
     [
         ({"model": "no/such/model/anywhere", "task": "fill-mask"}, "no folder and no public model"),
         ({"model": "/no/such/folder", "task": "fill-mask"}, "no folder and no public model"),
-        ({"model": "nobody/no-such-model", "task": "fill-mask"}, "the Hub cannot be reached"),
+        ({"model": "no-owner/no-such-model", "task": "fill-mask"}, "the Hub cannot be reached"),
         ({"model": "x/y", "task": "fill-masc"}, "Unknown task fill-masc"),
         ({"model": 42}, "cannot serve int: pass a Hub id"),
         ({"model": len, "task": "fill-mask"}, "are for loading a model by its id"),

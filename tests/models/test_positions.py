@@ -128,7 +128,7 @@ def test_no_positions_no_limit(serve: Serve) -> None:
 
 
 def test_model_that_cannot_be_tried(serve: Serve) -> None:
-    """A T5 classifier is an encoder and a decoder, whose inputs the pipeline does not have."""
+    """A T5 classifier needs inputs for its decoder too: the limit of the tokenizer holds."""
     config = transformers.T5Config(
         vocab_size=len(words()),
         d_model=32,
@@ -194,7 +194,7 @@ def test_given_new_tokens_are_refused(serve: Serve) -> None:
 
 
 def test_max_length_of_the_model(serve: Serve) -> None:
-    """`generate` counts it from the longest prompt of a batch, and fails if that is longer."""
+    """Each prompt counts alone. `generate` itself counts from the longest prompt of a batch."""
     pipe = copy.copy(tiny("text-generation"))
     pipe.model = copy.deepcopy(pipe.model)
     pipe.model.generation_config.max_length = 20

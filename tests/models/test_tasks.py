@@ -119,7 +119,7 @@ def test_other_pipelines_are_refused(task: str) -> None:
 
 def test_unserved_task_loads_nothing() -> None:
     with pytest.raises(StartError, match="depth-estimation is not served"):
-        serving_kit.serve("nobody/no-such-model", task="depth-estimation", port=0)
+        serving_kit.serve("no-owner/no-such-model", task="depth-estimation", port=0)
 
 
 def layoutlm() -> Any:
@@ -145,7 +145,7 @@ def test_document_without_image_processor() -> None:
 
 
 class Opening(transformers.Pipeline):
-    """A pipeline of somebody's own that opens what it is given."""
+    """A pipeline that is not the library's, and opens what it is given."""
 
     def _sanitize_parameters(self, **_: Any) -> Any:
         return {}, {}, {}
@@ -186,7 +186,7 @@ def test_derived_pipeline_class(serve: Serve) -> None:
 
 
 def test_image_processor_for_speech() -> None:
-    """`TextToAudioPipeline` calls `processor(text)`; the library's default processor takes images first."""
+    """Refused: `TextToAudioPipeline` calls `processor(text)`, and the default one takes images first."""
     processor = transformers.CLIPProcessor.__new__(transformers.CLIPProcessor)
     processor.tokenizer = tokenizer()
     pipe = text_to_audio()
@@ -200,7 +200,7 @@ def test_image_processor_for_speech() -> None:
 
 
 def test_tasks_of_the_library() -> None:
-    """A new release may rename a pipeline, and its contract would no longer hold."""
+    """A new release of the library may rename a pipeline, and its contract would no longer hold."""
     for task, contract in TASKS.items():
         assert task in REGISTERED
         assert hasattr(transformers, contract.pipeline)
@@ -210,7 +210,7 @@ def test_tasks_of_the_library() -> None:
     ("alias", "task"), [("sentiment-analysis", "text-classification"), ("ner", "token-classification")]
 )
 def test_alias_of_a_task(serve: Serve, alias: str, task: str) -> None:
-    """A pipeline keeps the name that it was made with."""
+    """A pipeline keeps the name that it was made with; it is served as the task of that alias."""
     pipe = copy.copy(tiny(task))
     pipe.task = alias
     server = serve(pipe, max_batch_size=4)

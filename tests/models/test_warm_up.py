@@ -63,7 +63,7 @@ def test_no_pad_token() -> None:
 
 
 def test_longest_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A config that states more positions than there are rows in the table is not relied on."""
+    """The one that the model answers, also where its config states more positions than its table has."""
     import torch
 
     monkeypatch.setattr(positions, "TRIAL_S", 60.0)  # however slow this machine is
