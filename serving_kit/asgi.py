@@ -77,8 +77,8 @@ def create_app(
         token: What changing settings needs as bearer token, and everything else that does not come from
             this machine. None takes it from the environment variable SERVING_KIT_TOKEN; without that,
             settings are fixed and only this machine may ask.
-        public: Ask for no token, whatever address and name a request comes by: for behind a gateway that
-            checks who may ask.
+        public: Ask for no token, whatever address and name a request comes by. Use it behind a gateway that
+            checks who may send requests.
         allowed_hosts: As for `serve()`.
         allowed_origins: As for `serve()`.
         live_timeout_s: As for `serve()`.

@@ -148,7 +148,7 @@ class Batcher:
                 async with asyncio.timeout(drain_s):
                     if not await self._drained(worker, ended):
                         return False
-                worker.join(drain_s)  # it has said that it is done: this is the last microsecond
+                worker.join(drain_s)  # it has reported its end: this takes microseconds
         except TimeoutError:
             return False
         else:
@@ -165,7 +165,7 @@ class Batcher:
             wanted_at = now if self._unanswered else wanted_at
             if self._handover.model is None or now > wanted_at + _UNWANTED_STEP_S:
                 return False
-            with contextlib.suppress(TimeoutError):  # it may end without a report
+            with contextlib.suppress(TimeoutError):  # it may end without reporting it
                 await asyncio.wait_for(ended.wait(), _LOOK_AGAIN_S)
         return True
 
@@ -184,7 +184,7 @@ class Batcher:
             self._handover.lock.notify()
 
     def release(self) -> None:
-        """End the thread and let the model go; after `stop`, or if the loop has died.
+        """End the thread and release the model; after `stop`, or if the loop has died.
 
         A model call that is still stuck keeps the model until it ends.
         """

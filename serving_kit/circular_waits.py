@@ -1,7 +1,9 @@
-"""Functions that ask a server and would wait for themselves.
+"""Refuses a call of a served function to a server that would wait for that function.
 
 A served function runs on the model thread of its server. If it asks that server, or one whose function asks
 that server in turn, its answer waits for the thread that waits for the answer.
+
+Any thread. Not here: the call itself (`server.py`).
 """
 
 from __future__ import annotations

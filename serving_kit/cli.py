@@ -1,6 +1,10 @@
 """The `serving-kit` command: the same engine without a notebook.
 
-serving-kit serve google-bert/bert-base-uncased --max-batch-size 8
+    serving-kit serve google-bert/bert-base-uncased --max-batch-size 8
+
+Its process is its own: it handles signals, prints, and configures the log.
+
+Not here: the options and where they come from (`options.py`), the server that is built (`spec.py`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `os.cpu_count()` counts the host's. A container with a quota of two on a host of 64 that starts 64 threads
 is stopped by the kernel for most of every period.
 
-Not here: telling torch (`loading.py`).
+Not here: telling torch (`models/loading.py`).
 """
 
 from __future__ import annotations

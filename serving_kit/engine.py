@@ -74,7 +74,7 @@ _repr.maxstring = _repr.maxother = 1000
 
 
 class Output(NamedTuple):
-    """What the engine has to say since the last time."""
+    """The events and records since the last call of `take`."""
 
     events: Sequence[tuple[Item, Event]]
     records: Sequence[Record]

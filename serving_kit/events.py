@@ -1,4 +1,7 @@
-"""What the client of one item gets, and in which order: `Chunk`s, then exactly one `Done` or `Failed`."""
+"""What the client of one item gets, and in which order: `Chunk`s, then exactly one `Done` or `Failed`.
+
+Not here: the results of a step, which the engine turns into these (`model.py`), their delivery (`jobs.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The loop thread's end of one item: its events, for a request that waits for the end or for a stream."""
+"""The loop thread's end of one item: its events, for a request that waits for the end or for a stream.
+
+Not here: what the events are (`events.py`), when they come (`engine.py`, `batching.py`).
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,8 @@ class Job:
         """Pass one event on. What comes after the end is ignored."""
         if self.ended.done():
             return
-        if (
-            self._news is not None
-        ):  # first: a reader that wakes for nothing waits on, one that is not woken hangs
+        # Set first: a reader that wakes too early waits on, one that is never woken hangs.
+        if self._news is not None:
             self._news.set()
         if isinstance(event, Chunk):
             if self._chunks is None:

@@ -1,7 +1,8 @@
 """The log of a server: one line for each request that failed, and for each change of its state.
 
 Two loggers of the standard library. A library adds no handlers, so where nothing is configured Python
-shows WARNING and above on stderr; in a kernel `process_settings.py` keeps the lines for `server.logs()`.
+shows WARNING and above on stderr; in a kernel `notebook/process_settings.py` keeps the lines for
+`server.logs()`.
 
     serving_kit          ERROR    a request failed, with its traceback; the model thread died; the device
                                   is lost
@@ -15,7 +16,7 @@ Every value in a message is also an attribute of the record (`extra=`), so that 
 parse. One cause writes at most 10 lines a minute, and after that one line with the number of lines left out.
 A cause is an outcome, an exception class and the line that raised, never a client's text.
 
-Not here: which handlers there are in a kernel (`process_settings.py`).
+Not here: which handlers there are in a kernel (`notebook/process_settings.py`).
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class ServerLog:
         self._emit(level, f"request {outcome}", fields, incident)
 
     def route_failed(self, incident: Incident, request_id: str) -> None:
-        """A route that asks no model has failed."""
+        """A route that does not call the model has failed."""
         fields = {"incident": incident.id, "error": incident.cause, "request_id": request_id}
         self._write(logging.ERROR, "a route failed", fields, incident)
 

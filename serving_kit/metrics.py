@@ -253,7 +253,7 @@ class Metrics:
                 ),
                 CounterMetricFamily(
                     "serving_kit_wasted_items",
-                    "Items run in vain: the client had left, or the deadline had passed.",
+                    "Items run for no answer: the client had left, or the deadline had passed.",
                     value=self._wasted_items,
                 ),
                 gauge("serving_kit_queue_depth", "Items that wait.", ({}, load.queue_depth)),

@@ -5,6 +5,8 @@
     step_observers(record)
 
 What an observer raises is reported and goes no further: a request must not fail because it is observed.
+
+Not here: the records (`records.py`), who observes them (`telemetry.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What differs where the process ends with the code that runs now: in a script, not in a notebook."""
+"""Scripts, whose process ends with the code that runs now: how one is recognised, and its stop signals.
+
+Not here: waiting (`Server.wait` in `server.py`), the signals of the command (`cli.py`).
+"""
 
 from __future__ import annotations
 

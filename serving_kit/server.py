@@ -187,9 +187,9 @@ class Server:
         return self._inline.alive and not self._service.stopped
 
     def stop(self, timeout: float | None = None) -> None:
-        """Finish what was admitted; close the port; let the model go.
+        """Finish what was admitted; close the port; release the model.
 
-        What is not finished in time is answered with 503, and so are new requests meanwhile. Idempotent; a
+        What is not finished in time is answered with 503, and so are new requests meanwhile. Idempotent: a
         server that was replaced has stopped already. Any thread but the server's own; waits while a newer
         run of the same name loads its model.
 

@@ -47,8 +47,8 @@ from serving_kit.telemetry import Telemetry
 from serving_kit.worker import ModelThread, WorkerFactory
 
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
-_MOST_HELD = 2**29  # bytes of all bodies together: a queue of long ones is not a queue of short ones
-_TOO_LATE = Failed(DeadlineExceeded("the request's time was up"))  # the alarm's
+_MOST_HELD = 2**29  # bytes of all bodies together: max_queue_size bounds only how many there are
+_TOO_LATE = Failed(DeadlineExceeded("the request's time was up"))  # from the timer of the deadline
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class Ticket:
             self.shortened = True
 
     def note(self, end: End) -> None:
-        """A request has waited as long as the item that waited longest."""
+        """Keep the times of the item that waited longest: they are those of the request."""
         if end.queue_wait_s is not None and end.queue_wait_s >= (self.queue_wait_s or 0.0):
             self.queue_wait_s, self.model_time_s = end.queue_wait_s, end.model_time_s
 
@@ -187,7 +187,7 @@ class Service:
         self.clock = clock
         self.live_timeout_s = live_timeout_s
         self.started_at: float | None = None
-        self.leaving = False  # it will stop soon, and says so on /health
+        self.leaving = False  # it will stop soon: /health answers 503
         self.draining_since: float | None = None
         self.stopped = False
         self.held = 0  # bytes of the bodies of all requests under way
@@ -204,12 +204,12 @@ class Service:
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the model thread; requests are welcome when this returns."""
+        """Start the model thread; requests are admitted once this has returned."""
         self.batcher.start()
         self.started_at = self.clock()
 
     def announce_stop(self) -> None:
-        """Be not ready (`/health`) from now on, while requests are still admitted. Any thread."""
+        """Report not ready (`/health`) from now on, while requests are still admitted. Any thread."""
         self.leaving = True
 
     def drain(self) -> None:
@@ -219,7 +219,7 @@ class Service:
         self.batcher.drain()
 
     async def stop(self, drain_s: float = 5.0) -> bool:
-        """Refuse new requests, finish the admitted ones, let the model go.
+        """Refuse new requests, finish the admitted ones, release the model.
 
         Args:
             drain_s: Seconds for the admitted ones, counted from the first call of `drain()`.
@@ -236,7 +236,7 @@ class Service:
             self.log.close()
 
     def release(self) -> None:
-        """Let the model go at once, waiting for nothing. Any thread; for a server whose loop has died."""
+        """Release the model at once, without waiting. Any thread; for a server whose loop has died."""
         self.stopped = True
         self.model = None
         self.batcher.release()
@@ -251,7 +251,7 @@ class Service:
         """Count one request, from now to the end of the ticket's `with` block.
 
         Args:
-            request_id: By which its client and the log know it.
+            request_id: Its id in the response and in the log.
 
         Raises:
             ServingError: as the block did; any other exception becomes a `ModelFailed`.
@@ -265,7 +265,7 @@ class Service:
     ) -> list[object]:
         """Answers to `values`, in order. Each is a queue item of its own; the first error ends all.
 
-        Cancelling the caller gives up the items: waiting ones leave the queue at once.
+        Cancelling the caller cancels the items: waiting ones leave the queue at once.
 
         Raises:
             MalformedRequest: parameters or values that this task does not take.
@@ -285,7 +285,9 @@ class Service:
             raise ticket.expired() from None
         ticket.items = len(items)
         loop = asyncio.get_running_loop()
-        alarm = loop.call_later(ticket.deadline - self.clock(), _time_is_up, items)  # half of a timeout()
+        alarm = loop.call_later(
+            ticket.deadline - self.clock(), _time_is_up, items
+        )  # costs half of a timeout()
         answers = []
         try:
             for index, item in enumerate(items):
@@ -310,7 +312,7 @@ class Service:
     ) -> AsyncIterator[Chunk | Done]:
         """The answer to one input in pieces: `Chunk`s as they come, then `Done`.
 
-        Closing the iterator gives up the item. Raises as `predict` does, also after some chunks.
+        Closing the iterator cancels the item. Raises as `predict` does, also after some chunks.
 
         Args:
             value: One input.
@@ -409,7 +411,7 @@ class Service:
         return self._reader.statistics(series)
 
     def families(self) -> Iterator[Metric]:
-        """Everything that Prometheus is told about this server."""
+        """The metric families of this server, for Prometheus."""
         return self._reader.families()
 
     def incidents(self) -> list[Incident]:
@@ -452,12 +454,12 @@ def _time_is_up(items: Sequence[Item]) -> None:
 
 
 def _has_ended(ended: asyncio.Future[End]) -> bool:
-    """Whether the engine is done with it. Giving up on a future cancels it, which is `done` too."""
+    """Whether the engine has ended it. A future whose waiter was cancelled is `done` as well."""
     return ended.done() and not ended.cancelled() and ended.result() is not _TOO_LATE
 
 
 def _located(error: ServingError, index: int, items: int) -> ServingError:
-    """The error to raise for one item. Batch mates may share it, so no traceback sticks to it."""
+    """The error to raise for one item. Items of one batch may share it, so its traceback is removed."""
     if items > 1 and isinstance(error, InputRejected):
         located = InputRejected(f"inputs[{index}]: {error}", detail=error.detail)
         located.incident = error.incident

@@ -80,14 +80,14 @@ def serve(
             linear layers on a CPU use oneDNN where that is faster. The numbers differ
             from the pipeline's by rounding (1e-6).
         retry: Call the model again with parts of a batch on which it has raised, so that a bad input fails
-            alone. False: such a batch fails whole, and the model never sees an input twice; for
+            alone. False: such a batch fails whole, and the model gets no input twice; for
             functions with side effects.
         allowed_hosts: Names by which a proxy may ask for it, besides localhost: "models.example.org".
         allowed_origins: Sites whose pages may ask it, and get CORS: "https://example.org".
         live_timeout_s: Seconds after which a model call that hangs makes `GET /live` answer 503, so that an
             orchestrator restarts the process; None: never. `GET /health` says so much sooner.
-        require_token: Every request but /live and /health needs the token, also from this machine. For
-            behind a proxy on this machine that rewrites `Host`: without it, the proxy's clients count as
+        require_token: Every request but /live and /health needs the token, also from this machine. Use it
+            with a proxy on this machine that rewrites `Host`: without it, the proxy's clients count as
             clients of this machine.
         drain_s: Seconds that admitted requests get to finish when the server stops; the rest is answered
             with 503.

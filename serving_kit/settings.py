@@ -1,4 +1,4 @@
-"""Every knob: default, range, unit, meaning, which part of the package reads it, and from when it counts.
+"""Every knob: default, range, unit, meaning, which part of the package reads it, and when a change counts.
 
 A running server holds one `Settings`. Changing a knob replaces the whole object, so that no decision sees
 half a change. Every knob here is live: it counts from the next step. What cannot change while a server runs
@@ -65,7 +65,7 @@ class Settings:
             default=0.0,
             unit="ms",
             owner="scheduling",
-            doc="longest that the oldest item waits for company while the model is idle; "
+            doc="longest that the oldest item waits for others while the model is idle; "
             "counted from its arrival, never restarted",
         )
     )

@@ -93,7 +93,7 @@ class StatusReader:
         return service.metrics.statistics(service.clock(), series, service.core_status().load)
 
     def families(self) -> Iterator[Metric]:
-        """Everything that Prometheus is told about this server."""
+        """The metric families of this server, for Prometheus."""
         service, core = self._service, self._service.core_status()
         yield from service.metrics.families(core.load)
         state, _ = self._state(core)

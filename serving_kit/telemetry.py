@@ -76,7 +76,7 @@ class Telemetry:
             self.log.cost_released(record.reason)
 
     def route_failed(self, failed: ServingError, error: BaseException, request_id: str) -> None:
-        """Keep and log the failure of a route that asks no model."""
+        """Keep and log the failure of a route that does not call the model."""
         incident = self.incidents.keep(failed, error)
         self.incidents.attach(incident.id, request_id)
         self.log.route_failed(incident, request_id)

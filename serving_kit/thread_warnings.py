@@ -5,7 +5,9 @@ a function's "divide by zero" would raise on the model thread, and its client wo
 a server runs, a filter of ours stands first in the list. It matches on the server's threads only; what
 happens on all others is decided by the user's own filters, as before.
 
-Every thread may call these functions. Not here: where the text of a warning goes (`process_settings.py`).
+Every thread may call these functions.
+
+Not here: where the text of a warning goes (`notebook/process_settings.py`).
 """
 
 from __future__ import annotations

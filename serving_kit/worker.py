@@ -24,7 +24,7 @@ from serving_kit.status import CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
 _LAST_MOMENT_S = 0.1  # for a thread that has reported its end
-_NO_THREAD_S = 1.0  # until it is tried again to start a thread that the system would not give
+_NO_THREAD_S = 1.0  # between tries to start a thread, while the system refuses one
 
 
 class Handover:
@@ -32,9 +32,9 @@ class Handover:
 
     Args:
         engine: What happens next.
-        model: What it happens to.
+        model: What the actions are performed on.
         clock: Seconds, monotonic.
-        deliver: Takes what the engine has to say, on the model thread.
+        deliver: Takes the events and records of the engine, on the model thread.
     """
 
     def __init__(
@@ -147,7 +147,8 @@ class ModelThread:
 
     Args:
         handover: Where the actions come from.
-        ended: Called at its end, on it, with itself and what it has died of; None: it has ended as it should.
+        ended: Called at its end, on it, with itself and the exception that has ended it; None: it has
+            ended as it should.
     """
 
     def __init__(
@@ -228,7 +229,7 @@ class Supervisor:
     def stop(self) -> None:
         """Replace no worker any more."""
         self.stopping = True
-        if self._restart is not None:  # it is dead, and stays so
+        if self._restart is not None:  # it has died, and is not replaced any more
             self._restart.cancel()
 
     def check(self) -> None:

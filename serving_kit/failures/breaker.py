@@ -35,7 +35,7 @@ class Gate(Enum):
 
     CLOSED = "closed"  # all requests
     OPEN = "open"  # no new requests
-    HALF_OPEN = "half_open"  # to see: one at a time, or if that was inconclusive all
+    HALF_OPEN = "half_open"  # on trial: one at a time; after inconclusive failures all
     LATCHED = "latched"  # no requests until a new process
 
 

@@ -34,7 +34,7 @@ class Failure(NamedTuple):
 
 
 class WrongNumberOfOutputs(RuntimeError):
-    """The model did not return one output per input, so that none can be told whose it is."""
+    """The model did not return one output per input, so that no output can be assigned to an input."""
 
 
 class WorkerDied(RuntimeError):

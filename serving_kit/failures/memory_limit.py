@@ -1,10 +1,10 @@
 """How much fits into memory: learned from failures, and tried again slowly.
 
 A batch that did not fit sets a limit on padded tokens for all batches with items at least as long: half
-of what broke, rising to the whole of it within a period, after which larger ones may be tried. Each
-time that this ends badly the period doubles, so that a day holds a handful of such failures. What one
-length cannot have, longer ones cannot have either, because a padded token costs more the longer its
-row; shorter ones may.
+of that size, rising to the whole of it within a period, after which larger ones may be tried. Each
+time that one of these does not fit, the period doubles, so that a day holds a handful of such failures.
+A limit of one length holds for longer ones too, because a padded token costs more the longer its row;
+it does not hold for shorter ones.
 
 Pure: every method takes `now`. Not here: halving what did not fit (`bisection.py`).
 """

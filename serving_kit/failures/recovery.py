@@ -5,7 +5,7 @@
 `recover` and `attribute` are generators. Each yields what is to be done, is sent what came of it (`Reply`),
 and returns its conclusions; the engine does what they ask. They hold no lock, read no clock and call nothing.
 
-Only the items that fail alone get the failure: a batch is bisected until each of them stands alone
+Only the items that fail alone get the failure: a batch is bisected until each of them is isolated
 (`bisection.py`). One that did not fit into memory is halved, and the size is remembered (`memory_limit.py`).
 
 The canary is the model's own example (`Model.example`). While it is answered, a failure belongs to the
@@ -85,7 +85,7 @@ class Suspected(NamedTuple):
 
     Attributes:
         healthy: Whether the model answered its canary after it; None: not known.
-        items: That brought it.
+        items: Of the step that raised it.
     """
 
     failure: Failure

@@ -1,4 +1,4 @@
-"""Who may ask. Every page that its owner visits can send requests to a port of a laptop.
+"""Who may send requests. Any page in a browser on this machine can send them to a port of it.
 
     from this machine        the name in `Host` must be this machine's (DNS rebinding), and a page must
                              come from this server itself (a cross-site POST needs no CORS)
@@ -35,10 +35,8 @@ from serving_kit.errors import SettingError
 
 Headers = Mapping[bytes, bytes]  # by name in lower case
 Address = tuple[str, int | None] | None  # the port is None for a Unix socket, all of it where it is unknown
-PRIVATE_HEADERS = {
-    "cache-control": "no-store",
-    "referrer-policy": "no-referrer",
-}  # of a response with secrets
+# Of a response with secrets.
+PRIVATE_HEADERS = {"cache-control": "no-store", "referrer-policy": "no-referrer"}
 _TOKEN_SOURCES = "server.token in a notebook, what the command printed, or SERVING_KIT_TOKEN"
 _BEARER = {"www-authenticate": "Bearer"}
 _READING = ("GET", "HEAD")

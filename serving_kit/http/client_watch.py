@@ -1,4 +1,4 @@
-"""Whether the client is still there: ends a request whose body does not come, or whose client has left.
+"""Whether the client is still connected: ends a request whose body does not come, or whose client has left.
 
 Not here: the request (`predict.py`), reading its body (`bodies.py`).
 """
@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from serving_kit.errors import ClientGone, ServingError, SlowRequest, Stopping
 
-_FIRST_LOOK_S = 0.02  # a client that leaves sooner may be answered in vain
+_FIRST_LOOK_S = 0.02  # a client that leaves sooner may go unnoticed, and its request runs
 
 
 class ClientWatch:

@@ -108,9 +108,7 @@ class Connection(HttpToolsProtocol):
                     return
                 except httptools.HttpParserUpgrade as upgrade:
                     (end_of_head,) = upgrade.args
-                    if (
-                        self.parser.get_method() == b"CONNECT"
-                    ):  # an upgrade by its method, which only proxies support
+                    if self.parser.get_method() == b"CONNECT":  # an upgrade by itself, for proxies only
                         raise httptools.HttpParserError from None
                     data = self._head_again + data[end_of_head:]
                     self.parser = httptools.HttpRequestParser(self)  # with `close` the old one reads no more

@@ -1,4 +1,4 @@
-"""The routes that ask no model: health, statistics, settings, failures, the panel's page.
+"""The routes that do not call the model: health, statistics, settings, failures, the panel's page.
 
 `ENDPOINTS` at the end lists them, each with who may ask and its OpenAPI fragment. No handler authorises a
 request: `access.py` has decided before.

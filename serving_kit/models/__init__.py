@@ -1,1 +1,1 @@
-"""Models as the worker runs them; the only place that knows torch."""
+"""Models as the worker runs them; the only place that imports torch."""

@@ -7,7 +7,7 @@
 
 Over HTTP the same holds for `{"inputs": ...}`.
 
-Not here: when it is called (`batching.py`), what follows an exception (`recovery.py`).
+Not here: when it is called (`batching.py`), what follows an exception (`failures/recovery.py`).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class MaskHead:
         self._pipe = pipe
 
     def run(self, batch: Chunk) -> list[Mapping[str, object]]:
-        """One output for each item of a collated batch, as `pipe.postprocess` wants it."""
+        """One output for each item of a collated batch, as `pipe.postprocess` takes it."""
         ids = batch["input_ids"]
         masks = ids == tokenizer_of(self._pipe).mask_token_id
         here = masks.to(self._pipe.device)

@@ -1,6 +1,7 @@
 """Giving back the memory of a step that has failed.
 
-Not here: which exception means a lack of memory (`classify.py`), the limit that follows (`memory_limit.py`).
+Not here: which exception means a lack of memory (`failures/classify.py`), the limit that follows
+(`failures/memory_limit.py`).
 """
 
 from __future__ import annotations

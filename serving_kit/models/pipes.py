@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 Parameters: TypeAlias = Mapping[str, object]  # of a call, or of one step of a pipeline
-Chunk: TypeAlias = (
-    "Mapping[str, torch.Tensor]"  # inputs of the model: `input_ids` of shape (items, tokens), ...
-)
+# Inputs of the model: `input_ids` of shape (items, tokens), ...
+Chunk: TypeAlias = "Mapping[str, torch.Tensor]"
 Output: TypeAlias = Any  # what `_forward` returns for one input: a mapping, a tuple, or a list of these
 Collate: TypeAlias = Callable[[Sequence[Chunk]], Chunk]  # pads chunks to one length
 Runner: TypeAlias = Callable[[Chunk], Sequence[Output]]  # runs a collated batch: one output for each item

@@ -33,10 +33,8 @@ _LONGEST_TRIAL, TRIAL_S = 1024, 0.5  # tokens and seconds up to which lengths ar
 def most_positions(pipe: Pipe) -> int | None:
     """Tokens that one input may have by the tokenizer, the config and the position tables; None: no limit."""
     config = getattr(pipe.model, "config", None)
-    if config is not None and hasattr(
-        config, "get_text_config"
-    ):  # of a model of several parts the text part's
-        config = config.get_text_config()
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # of a model of several parts the text part's
     declared = _limit(getattr(config, "max_position_embeddings", None))
     own = _limit(getattr(getattr(pipe, "tokenizer", None), "model_max_length", None))
     return min([*own, *declared, *_tables(pipe.model, max(declared, default=0))], default=None)
@@ -70,7 +68,7 @@ def answered_positions(pipe: Pipe, chunk: Chunk, most: int | None) -> int | None
             answered = length
         else:
             fails = length
-    # A model that takes the text not even twice says nothing about lengths.
+    # A model that does not even take the text twice: the failure need not be about the length.
     return answered if fails and answered > shortest else most
 
 

@@ -78,7 +78,7 @@ class Task:
                 raise MalformedRequest(f"this task needs the parameter {name}: {example}")
 
     def typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Checked parameters in the types that pipelines want: JSON's 1 is their 1.0."""
+        """Checked parameters in the types that pipelines take: JSON's 1 is their 1.0."""
         return {name: self.parameters[name].typed(value) for name, value in given.items()}
 
 

@@ -42,7 +42,7 @@ def encode_frame(snapshot: Mapping[str, object], first_second: int, rows: Sequen
 
     Args:
         snapshot: As `Server.stats()`, without its series.
-        first_second: The second that the first row stands for; the others follow without a gap.
+        first_second: The second of the first row; the others follow without a gap.
         rows: What `encode_row` returned for each second.
     """
     head = orjson.dumps({**snapshot, "first": first_second})

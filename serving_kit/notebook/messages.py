@@ -1,4 +1,7 @@
-"""What the panel in a browser may ask the server for. No widgets, no threads."""
+"""The messages of the panel in a browser, and the answer to each. No widgets, no threads.
+
+Not here: how they travel (`widgets.py`), their thread (`panel.py`).
+"""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def _on_message(
 ) -> None:
     """Answer one message of the browser, on whichever thread the kernel reads it.
 
-    Every message is answered, also a mere hello: the answer is what makes ipykernel 7.4 pass the next
+    Every message is answered, also a hello: the answer is what makes ipykernel 7.4 pass the next
     message to the browser's own subshell, so that a slider is read while a cell runs.
     """
     try:

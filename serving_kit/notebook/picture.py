@@ -1,4 +1,7 @@
-"""The numbers of one server as the panel last read them, and whether they have changed since."""
+"""The numbers of one server as the panel last read them, and what has changed since the reading before.
+
+Not here: when they are read (`publisher.py`), how they are encoded (`frames.py`, `static_html.py`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from serving_kit.records import Incident
 from serving_kit.settings import Settings
 
 _OVERLAP_S = 3  # seconds that are read again, because records of slow threads still change them
-_UNSEEN = ("uptime_s", "cost", "changes", "code")  # a change of these alone is not worth a frame
+_UNSEEN = ("uptime_s", "cost", "changes", "code")  # a change of these alone sends no frame
 _EVENTS = ("requests", "batches", "queue_depth", "in_flight", "settings", "state", "errors")
 
 

@@ -1,4 +1,7 @@
-"""The thread of the panel, which reads the server and sends frames a few times per second."""
+"""The thread of the panel ("serving-kit-panel"), which calls one function a few times per second.
+
+Not here: what that function reads and sends (`panel.py`).
+"""
 
 from __future__ import annotations
 

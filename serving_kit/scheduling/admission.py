@@ -114,8 +114,8 @@ class Admission:
         left_s = item.deadline - now
         if left_s <= 0:
             return True
-        # The server's own timeout may be too short for a model that has become slow: that is no mistake of
-        # the client. The difference of two times may be a rounding error below it.
+        # The server's own timeout may be too short for a model that has become slow: that is no mistake
+        # of the client. The difference of two times may be a rounding error below it.
         asked = item.deadline - item.arrived < settings.timeout_s * (1 - 1e-6)
         sure = settings.drop_hopeless and self.cost.trusted and not queue.stale
         return asked and sure and left_s < self.cost.seconds(1)

@@ -1,4 +1,4 @@
-"""Whether clients send again as soon as they are answered, and how soon.
+"""Whether clients send their next request as soon as they are answered, and how soon.
 
 Closed-loop clients fall into step with the model: half of them wait while the other half is being
 answered, and every batch is half as large as it could be. Waiting a moment after a batch lets the

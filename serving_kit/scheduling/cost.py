@@ -13,7 +13,7 @@ laptop, a noisy neighbour, a model that waits for something.
   Trigg and Leach (1967): |mean error| / mean |error|. Errors in one direction raise the gain, so that a
   lasting change is adopted after two or three batches; errors in both directions, as a model with two
   speeds makes them, lower it. The gain is one batch old (Shone's variant) and a single surprise counts
-  as three times at most, so that one hiccup moves little.
+  as three times at most, so that one outlier moves little.
 - Tail: the 95th percentile of actual / predicted, by stochastic gradient descent on the pinball loss in
   log space.
 
@@ -39,7 +39,7 @@ _GAIN_RANGE = (0.1, 0.9)
 _GAIN_DOWNWARDS = 0.5  # for a surprise of being faster: refusing by an outdated cost is the worse mistake
 _LEVEL_RANGE = (0.25, 4.0)  # then the shape takes it over
 _SURPRISE = math.log(2)  # plus two mean errors
-_HICCUP = math.log(3)
+_OUTLIER = math.log(3)
 _QUANTILE = 0.95
 _QUANTILE_RATE = 0.02
 _TAIL_RANGE = (0.0, math.log(100))
@@ -162,7 +162,7 @@ class CostModel:
         self.overhead = self._actual / self._ideal
 
     def relearn(self) -> None:
-        """Forget everything but that larger batches than a half of the largest were not proved good."""
+        """Forget everything, except that half of the largest batch counts as seen: budgets start there."""
         largest = max(1.0, self.largest / 2)
         self.__init__()  # type: ignore[misc]
         self.largest = largest
@@ -178,8 +178,8 @@ class CostModel:
         low, high = _GAIN_RANGE
         gain = min(max(abs(self._signal) / self._spread, low), high)
         surprise = _SURPRISE + 2 * self._spread
-        # A single surprise is cut to a hiccup; where the ones before point the same way it counts whole.
-        step = error if gain > 0.5 and self._signal * error > 0 else min(error, _HICCUP + 2 * self._spread)
+        # A single large error counts as an outlier at most; after others in its direction it counts whole.
+        step = error if gain > 0.5 and self._signal * error > 0 else min(error, _OUTLIER + 2 * self._spread)
         if error < -surprise:
             gain = max(gain, _GAIN_DOWNWARDS)
         self.level *= math.exp(gain * step)
@@ -245,7 +245,7 @@ def _room(limit_s: float, a: float, b: float) -> float:
 
 
 def _clipped(error: float) -> float:
-    return min(max(error, -_HICCUP), _HICCUP)
+    return min(max(error, -_OUTLIER), _OUTLIER)
 
 
 def _shared(items: float, tokens: float, most: int, limit_s: float, a: float, b: float) -> float:

@@ -53,7 +53,7 @@ def group_by_length(items: Sequence[Item], most: int, budget: int, a: float, b: 
     while end - cuts[end] > anchor:
         end -= cuts[end]
     part = by_length[end - cuts[end] : end]
-    # A cut may fall between items of equal length and take the younger ones. Swap: same cost, fair.
+    # A cut may fall between items of equal length and take the younger ones. Swap: the cost is the same.
     wanted = Counter(item.tokens for item in part)
     batch = []
     for item in items:

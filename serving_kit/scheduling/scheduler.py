@@ -264,7 +264,7 @@ class Scheduler:
                 self._remove([anchor])
                 hopeless.append(anchor)
                 continue
-            # An item with less time than the anchor waits rather than start in vain.
+            # An item whose deadline is before the end of this step waits for another one.
             items = [
                 item
                 for item in items
@@ -402,8 +402,8 @@ class Scheduler:
     def _queue_state(self, now: float) -> QueueState:
         running, last = self._running, self._last_finished
         rest_s = max(0.0, self._busy_until - now) if running else 0.0
-        # A server that takes itself for too slow would refuse everything, run nothing, and never learn that
-        # it has become fast again. One try for each timeout finds out.
+        # With a learned cost that is too high everything would be rejected, nothing would run, and the cost
+        # would never be corrected. So one request for each timeout is admitted all the same.
         stale = not running and (last is None or now - last > self.settings.timeout_s)
         return QueueState(len(self._queue), self._queued_tokens, rest_s, stale)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 _BATCHES, _REFUSALS = 16, 8  # that are remembered
 _WRONG_BY = 2.0
-_SHOWN_S = 30.0  # how long `reason` says so
+_SHOWN_S = 30.0  # how long `reason` is given
 
 
 class Watchdog:

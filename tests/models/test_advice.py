@@ -48,7 +48,7 @@ def test_advice(error: BaseException, line: str) -> None:
     assert "\n" not in advice(error)
 
 
-def test_exceptions_that_refer_to_each_other() -> None:
+def test_circle_of_causes() -> None:
     first, second = ValueError("one"), ValueError("two")
     first.__cause__, second.__cause__ = second, first
     assert advice(first) == "ValueError: one"

@@ -25,7 +25,7 @@ def assert_reason(server: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["fill-mask", "text-classification"])
-def test_weights_that_change_in_place_get_through(serve: Serve, task: str) -> None:
+def test_weights_changed_in_place(serve: Serve, task: str) -> None:
     pipe = fresh(task)
     server, text = serve(pipe), example(task, 9)
     before = plain(server(text))
@@ -78,7 +78,7 @@ def another_buffer(pipe: Any) -> None:
     "change",
     [another_head, another_weight, a_hook, a_compiled_forward, a_low_rank_adapter, another_buffer],
 )
-def test_a_change_that_does_not_get_through_is_noticed(serve: Serve, change: Callable[[Any], None]) -> None:
+def test_unseen_change_is_noticed(serve: Serve, change: Callable[[Any], None]) -> None:
     pipe = fresh("fill-mask")
     server = serve(pipe)
     server(TEXT)
@@ -91,7 +91,8 @@ def test_a_change_that_does_not_get_through_is_noticed(serve: Serve, change: Cal
     assert_same(plain(again(TEXT)), plain(pipe(TEXT)))
 
 
-def test_another_model_or_tokenizer_in_the_pipeline_is_noticed(serve: Serve) -> None:
+def test_replaced_member_is_noticed(serve: Serve) -> None:
+    """Another model or tokenizer in the pipeline."""
     for task in ("fill-mask", "text-classification"):
         pipe = fresh(task)
         server = serve(pipe)
@@ -101,7 +102,8 @@ def test_another_model_or_tokenizer_in_the_pipeline_is_noticed(serve: Serve) -> 
         assert_reason(server, "another tokenizer since serve()")
 
 
-def test_without_a_shortcut_the_model_is_the_notebooks_own_and_changes_get_through(serve: Serve) -> None:
+def test_no_shortcut_no_copy(serve: Serve) -> None:
+    """Where no shortcut applies, the notebook's own model is served, and its changes count."""
     pipe = fresh("fill-mask")
     server = serve(pipe, shortcuts=False)
     before = plain(server(TEXT))
@@ -112,7 +114,7 @@ def test_without_a_shortcut_the_model_is_the_notebooks_own_and_changes_get_throu
     assert reason(server) == ""
 
 
-def test_there_is_no_copy_of_the_modules_where_no_shortcut_applies(serve: Serve) -> None:
+def test_no_shortcut_no_copied_modules(serve: Serve) -> None:
     pipe = fresh("text-classification")
     server, text = serve(pipe), example("text-classification", 9)
     before = plain(server(text))
@@ -142,9 +144,8 @@ def a_compiled_forward_that_was_there(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("what", [a_hook_that_was_there, a_compiled_forward_that_was_there])
-def test_hooks_and_compiled_forwards_of_before_serve_are_kept(
-    serve: Serve, what: Callable[[Any], Any]
-) -> None:
+def test_earlier_hooks_are_kept(serve: Serve, what: Callable[[Any], Any]) -> None:
+    """Hooks and compiled forwards from before `serve` run in the served model too."""
     pipe = fresh("fill-mask")
     calls = what(pipe.model)
     server = serve(pipe)
@@ -167,7 +168,7 @@ class Switched(torch.nn.Module):
         return self.base_layer(given) * (2 if self.active else 1)
 
 
-def test_switching_an_adapter_of_before_serve_gets_through(serve: Serve) -> None:
+def test_switched_adapter(serve: Serve) -> None:
     pipe = fresh("fill-mask")
     pipe.model.cls.predictions.transform.dense = Switched(pipe.model.cls.predictions.transform.dense)
     pipe.model.peft_config = {"default": object()}  # as PEFT and add_adapter() leave it
@@ -184,7 +185,7 @@ def test_switching_an_adapter_of_before_serve_gets_through(serve: Serve) -> None
 
 @pytest.mark.parametrize("shortcuts", [True, False])
 @pytest.mark.parametrize("task", ["fill-mask", "text-classification"])
-def test_a_model_in_training_mode_is_served_without_dropout(
+def test_training_mode_without_dropout(
     serve: Serve, task: str, shortcuts: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe, text = fresh(task), example(task, 9)
@@ -198,7 +199,8 @@ def test_a_model_in_training_mode_is_served_without_dropout(
     assert pipe.model.training, "and the notebook goes on training"
 
 
-def test_a_model_in_training_mode_that_cannot_be_copied_is_refused(serve: Serve) -> None:
+def test_training_mode_without_a_copy(serve: Serve) -> None:
+    """A model in training mode that cannot be copied is refused."""
     pipe = fresh("fill-mask")
     a_hook(pipe)
     pipe.model.train()
@@ -206,7 +208,8 @@ def test_a_model_in_training_mode_that_cannot_be_copied_is_refused(serve: Serve)
         serve(pipe)
 
 
-def test_training_mode_after_serve_disturbs_no_copy_and_is_noticed_where_there_is_none(serve: Serve) -> None:
+def test_training_mode_after_serve(serve: Serve) -> None:
+    """It does not reach a copy, and is noticed where there is none."""
     pipe = fresh("fill-mask")
     want = plain(pipe(TEXT))
     server = serve(pipe)
@@ -221,7 +224,7 @@ def test_training_mode_after_serve_disturbs_no_copy_and_is_noticed_where_there_i
     until(lambda: reason(server) == "", timeout=30)
 
 
-def test_a_pipeline_that_the_kit_loads_itself_is_in_evaluation_mode(serve: Serve, tmp_path: Any) -> None:
+def test_loaded_in_evaluation_mode(serve: Serve, tmp_path: Any) -> None:
     pipe = fresh("fill-mask")
     pipe.save_pretrained(tmp_path)
     server = serve(tmp_path, task="fill-mask", device="cpu")

@@ -49,7 +49,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_loads_in_single_precision_with_its_own_vocabulary(fill_mask: Any) -> None:
+def test_precision_and_vocabulary(fill_mask: Any) -> None:
     assert fill_mask.model.dtype is torch.float32
     assert fill_mask.tokenizer.mask_token == "[MASK]"
     assert len(fill_mask.tokenizer) == fill_mask.model.config.vocab_size
@@ -57,12 +57,12 @@ def test_loads_in_single_precision_with_its_own_vocabulary(fill_mask: Any) -> No
 
 
 @pytest.mark.parametrize("prompt", ACCEPTABLE)
-def test_says_a_word_that_a_person_would_accept(fill_mask: Any, prompt: str) -> None:
+def test_plausible_words(fill_mask: Any, prompt: str) -> None:
     answers = {answer["token_str"] for answer in fill_mask(prompt, top_k=5)}
     assert answers & set(ACCEPTABLE[prompt].split())
 
 
-def test_card_tells_what_an_evaluation_gives(fill_mask: Any, script: ModuleType) -> None:
+def test_card_has_the_measured_scores(fill_mask: Any, script: ModuleType) -> None:
     sample = json.loads(script.HELD_OUT_FILE.read_text(encoding="utf-8"))
     scores = script.evaluate(fill_mask.model, fill_mask.tokenizer, sample)
     told = {name: float(share) for name, share in re.findall(r"\| (top-\d) \| ([\d.]+) \|", CARD)}

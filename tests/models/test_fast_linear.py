@@ -30,7 +30,8 @@ def layers(model: Any, kind: type) -> int:
 
 
 @pytest.mark.usefixtures("always")
-def test_the_answers_are_the_pipelines_own_and_its_modules_too(minilm: Any) -> None:
+def test_same_answers_and_same_modules(minilm: Any) -> None:
+    """The answers are those of the pipeline, and its modules are not replaced."""
     model = build_pipeline_model(minilm)
     assert layers(model.pipe.model, fast_linear.fast_linear_class()) == 37
     assert layers(minilm.model, torch.nn.Linear) == 37
@@ -42,7 +43,7 @@ def test_the_answers_are_the_pipelines_own_and_its_modules_too(minilm: Any) -> N
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("rows", [1, 15, 16, 40])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 200_000)])
-def test_a_layer_gives_what_it_gave(rows: int, shape: tuple[int, int]) -> None:
+def test_layer_output(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(1)
     layer = torch.nn.Linear(*shape, bias=rows != 40).eval()
     model = torch.nn.Sequential(layer)
@@ -56,7 +57,9 @@ def test_a_layer_gives_what_it_gave(rows: int, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_only_single_precision_and_plain_layers_are_changed() -> None:
+def test_which_layers_are_changed() -> None:
+    """Only plain linear layers in single precision."""
+
     class Own(torch.nn.Linear):
         pass
 
@@ -66,9 +69,7 @@ def test_only_single_precision_and_plain_layers_are_changed() -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing", "wrong", "slow"])
-def test_an_operator_that_does_not_keep_its_promise_is_not_used(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operator_with_wrong_results(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(torch.nn.Linear):
         def forward(self, input: Any) -> Any:
             return super().forward(input) * 1.001
@@ -88,7 +89,7 @@ def test_an_operator_that_does_not_keep_its_promise_is_not_used(
     assert type(model[0]) is torch.nn.Linear
 
 
-def test_a_cell_may_use_its_pipeline_during_a_step() -> None:
+def test_pipeline_used_during_a_step() -> None:
     pipe = tiny("fill-mask")
     model = build_pipeline_model(pipe)
     text = example("fill-mask", 9)

@@ -80,15 +80,14 @@ def notes(error: BaseException) -> str:
         (array.array("d", [1, 2, 3]), [[array.array("d", [1, 2, 3])]], array.array("d", [1, 2, 3])),
     ],
 )
-def test_a_list_is_several_inputs_and_anything_else_is_one(
-    serve: Any, asked: Any, calls: list[Any], answer: Any
-) -> None:
+def test_list_is_several_inputs(serve: Any, asked: Any, calls: list[Any], answer: Any) -> None:
+    """Anything else is one input."""
     function = Recorder()
     assert serve(function)(asked) == answer
     assert function.calls == calls
 
 
-def test_over_http_a_list_is_several_inputs_too(serve: Any) -> None:
+def test_list_over_http(serve: Any) -> None:
     function = Recorder()
     server = serve(function)
     assert httpx.post(server.url, json={"inputs": [1, 2, 3]}).json() == [1, 2, 3]
@@ -96,7 +95,9 @@ def test_over_http_a_list_is_several_inputs_too(serve: Any) -> None:
     assert function.calls == [[1, 2, 3], [[1, 2, 3]]]
 
 
-def test_a_wrong_number_of_outputs_says_what_was_given_what_came_and_what_a_list_means(serve: Any) -> None:
+def test_wrong_number_of_outputs(serve: Any) -> None:
+    """The error says what was given, what came back, and what a list means."""
+
     def two_classes(rows: list[Any]) -> list[float]:
         return [0.25, 0.75]
 
@@ -109,7 +110,7 @@ def test_a_wrong_number_of_outputs_says_what_was_given_what_came_and_what_a_list
 # -- a wrong number of outputs ------------------------------------------------------------------------
 
 
-def test_an_input_that_the_function_leaves_out_fails_alone(serve: Any) -> None:
+def test_left_out_input_fails_alone(serve: Any) -> None:
     function = Recorder(lambda texts: [text.upper() for text in texts if text != "left out"])
     server = serve(function)
     with busy(server, function) as pool:
@@ -120,7 +121,7 @@ def test_an_input_that_the_function_leaves_out_fails_alone(serve: Any) -> None:
     assert sorted(len(call) for call in function.calls) == [1, 1, 1, 1, 4]
 
 
-def test_outputs_whose_number_is_right_by_chance_reach_no_client(serve: Any) -> None:
+def test_number_right_by_chance(serve: Any) -> None:
     """The words of all texts in one list: "a b" and "" together give two outputs for two inputs."""
     function = Recorder(lambda texts: [word for text in texts for word in text.split()])
     server = serve(function)
@@ -135,7 +136,8 @@ def test_outputs_whose_number_is_right_by_chance_reach_no_client(serve: Any) -> 
 
 
 @pytest.mark.parametrize("outputs", [{"x"}, frozenset("x"), {"x": 1}, "x", b"x", 1, None, (x for x in "x")])
-def test_what_is_no_list_is_refused_though_it_has_as_many_elements(serve: Any, outputs: Any) -> None:
+def test_outputs_must_be_a_list(serve: Any, outputs: Any) -> None:
+    """Also where it has as many elements as there are inputs."""
     with pytest.raises(ModelFailed) as failed:
         serve(lambda texts: outputs)("x")
     assert f"it returned {type(outputs).__name__}" in notes(failed.value)
@@ -150,7 +152,7 @@ def raise_for_bad(texts: list[str]) -> list[str]:
     return [text.upper() for text in texts]
 
 
-def test_a_failure_runs_no_other_clients_input_again(serve: Any) -> None:
+def test_failure_reruns_no_other_input(serve: Any) -> None:
     function = Recorder(raise_for_bad)
     server = serve(function)
     assert server("mine") == "MINE"
@@ -161,9 +163,8 @@ def test_a_failure_runs_no_other_clients_input_again(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("answered_before", [False, True])
-def test_bad_inputs_of_one_client_do_not_close_the_server_to_others(
-    serve: Any, answered_before: bool
-) -> None:
+def test_bad_inputs_of_one_client(serve: Any, answered_before: bool) -> None:
+    """They do not open the circuit breaker for other clients."""
     server = serve(raise_for_bad)
     if answered_before:
         assert server("good") == "GOOD"
@@ -173,7 +174,7 @@ def test_bad_inputs_of_one_client_do_not_close_the_server_to_others(
     assert server("good") == "GOOD"
 
 
-def test_a_good_input_is_answered_among_any_number_of_bad_ones(serve: Any) -> None:
+def test_good_input_among_bad_ones(serve: Any) -> None:
     function = Recorder(raise_for_bad)
     server = serve(function)
     with busy(server, function) as pool:
@@ -185,7 +186,8 @@ def test_a_good_input_is_answered_among_any_number_of_bad_ones(serve: Any) -> No
     assert len(function.calls[0]) == 32
 
 
-def test_without_retry_a_batch_fails_whole_and_the_function_sees_no_input_twice(serve: Any) -> None:
+def test_without_retry(serve: Any) -> None:
+    """A batch fails whole, and the function gets no input twice."""
     function = Recorder(raise_for_bad)
     server = serve(function, retry=False)
     with busy(server, function) as pool:
@@ -239,7 +241,8 @@ def decorated(*args: Any, **more: Any) -> list[str]:
         functools.partial(functools.partial(any_keyword, model="mine"), other=1),
     ],
 )
-def test_what_a_function_holds_is_not_for_clients_to_set(serve: Any, function: Any) -> None:
+def test_attributes_are_no_parameters(serve: Any, function: Any) -> None:
+    """A client cannot set what a function holds."""
     server = serve(function)
     refused = httpx.post(server.url, json={"inputs": "x", "parameters": {"model": "theirs"}})
     assert (refused.status_code, refused.json()["error_type"]) == (400, "malformed_request")
@@ -251,7 +254,7 @@ def test_what_a_function_holds_is_not_for_clients_to_set(serve: Any, function: A
     assert "'top'" in answer.json()
 
 
-def test_the_name_of_an_objects_own_self_is_no_parameter(serve: Any) -> None:
+def test_self_is_no_parameter(serve: Any) -> None:
     server = serve(Recorder(lambda inputs, **parameters: inputs))
     refused = httpx.post(server.url, json={"inputs": "x", "parameters": {"self": 1}})
     assert refused.status_code == 400
@@ -278,7 +281,8 @@ class Opaque:
         (array.array("d", range(2000)), array.array("d", [0, *range(1, 2000)])),
     ],
 )
-def test_parameters_that_only_look_alike_never_share_a_call(serve: Any, mine: Any, theirs: Any) -> None:
+def test_similar_parameters_do_not_share(serve: Any, mine: Any, theirs: Any) -> None:
+    """Parameters that compare equal and differ in type, such as 1 and True."""
     function = Recorder(lambda inputs, by=None: [[by]] * len(inputs))
     server = serve(function)
     with busy(server, function) as pool:
@@ -319,7 +323,8 @@ class Table(OrderedDict[str, Any]):
         lambda buffer: Table(scores=buffer),
     ],
 )
-def test_an_answer_does_not_change_when_the_function_uses_its_buffers_again(serve: Any, wrap: Any) -> None:
+def test_reused_buffers(serve: Any, wrap: Any) -> None:
+    """An answer does not change when the function writes to its buffer again."""
     numbers, words = array.array("d", [0.0]), ["none"]
 
     def function(inputs: list[Any]) -> Sequence[Any]:
@@ -336,7 +341,7 @@ def test_an_answer_does_not_change_when_the_function_uses_its_buffers_again(serv
     assert third == wrap(["words"])
 
 
-def test_arrays_and_tensors_are_copied_before_the_next_call(serve: Any) -> None:
+def test_arrays_are_copied(serve: Any) -> None:
     numpy = pytest.importorskip("numpy")
     torch = pytest.importorskip("torch")
     for buffer in (numpy.zeros((4, 3)), torch.zeros(4, 3)):
@@ -357,7 +362,9 @@ def test_arrays_and_tensors_are_copied_before_the_next_call(serve: Any) -> None:
 # -- a function that asks a server --------------------------------------------------------------------
 
 
-def test_a_function_that_asks_its_own_server_is_told_so_at_once(serve: Any) -> None:
+def test_call_to_its_own_server(serve: Any) -> None:
+    """It is refused at once instead of waiting for itself."""
+
     def function(texts: list[str]) -> list[str]:
         return [server(text) for text in texts]
 
@@ -367,7 +374,7 @@ def test_a_function_that_asks_its_own_server_is_told_so_at_once(serve: Any) -> N
     assert "a function that 'itself' waits for cannot ask 'itself'" in notes(failed.value)
 
 
-def test_so_is_one_that_does_it_with_await(serve: Any) -> None:
+def test_awaited_call_to_its_own_server(serve: Any) -> None:
     import asyncio
 
     def function(texts: list[str]) -> list[str]:
@@ -379,7 +386,7 @@ def test_so_is_one_that_does_it_with_await(serve: Any) -> None:
     assert "cannot ask 'itself'" in notes(failed.value)
 
 
-def test_two_servers_that_would_wait_for_each_other_are_told_so(serve: Any) -> None:
+def test_two_servers_in_a_circle(serve: Any) -> None:
     servers: dict[str, Any] = {}
     servers["one"] = serve(lambda texts: [servers["two"](text) for text in texts], name="one")
     servers["two"] = serve(lambda texts: [servers["one"](text) for text in texts], name="two")
@@ -388,7 +395,7 @@ def test_two_servers_that_would_wait_for_each_other_are_told_so(serve: Any) -> N
     assert any("cannot ask 'one'" in incident.error for incident in servers["two"].errors())
 
 
-def test_a_function_may_ask_another_server_of_the_process(serve: Any) -> None:
+def test_call_to_another_server(serve: Any) -> None:
     upper = serve(lambda texts: [text.upper() for text in texts], name="upper")
     outer = serve(lambda texts: [upper(text) + "!" for text in texts], name="outer")
     assert outer(["a", "b"]) == ["A!", "B!"]
@@ -397,7 +404,9 @@ def test_a_function_may_ask_another_server_of_the_process(serve: Any) -> None:
 # -- a function that changes its inputs ---------------------------------------------------------------
 
 
-def test_a_retry_calls_the_function_with_the_inputs_as_they_were_sent(serve: Any) -> None:
+def test_retry_with_unchanged_inputs(serve: Any) -> None:
+    """A retry gets the inputs as they were sent, whatever the first call did to them."""
+
     def take_text(rows: list[Any], *, marks: Any = ("",)) -> list[Any]:
         mark = marks.pop() if isinstance(marks, list) else ""
         return [row if row == "busy" else row.pop("text").upper() + mark for row in rows]
@@ -438,12 +447,13 @@ async def async_generator(texts: list[str]) -> Any:
     "function",
     [AsyncCall(), AsyncCall().__call__, GeneratorCall(), functools.partial(async_generator), async_generator],
 )
-def test_what_has_to_be_awaited_or_iterated_is_refused_at_once(serve: Any, function: Any) -> None:
+def test_async_and_generators_are_refused(serve: Any, function: Any) -> None:
     with pytest.raises(StartError, match="must be a plain function from a list to a list, not async"):
         serve(function)
 
 
-def test_a_function_that_returns_a_coroutine_is_told_so_without_a_warning(serve: Any) -> None:
+def test_returned_coroutine(serve: Any) -> None:
+    """The error says so, and Python warns of no coroutine that was not awaited."""
     with pytest.raises(ModelFailed) as failed:
         serve(lambda texts: AsyncCall()(texts))("x")
     assert "it returned coroutine" in notes(failed.value)
@@ -452,7 +462,8 @@ def test_a_function_that_returns_a_coroutine_is_told_so_without_a_warning(serve:
 # -- numbers of numpy ---------------------------------------------------------------------------------
 
 
-def test_numbers_of_numpy_are_numbers_for_knobs_ports_and_parameters(serve: Any) -> None:
+def test_numpy_numbers(serve: Any) -> None:
+    """For knobs, ports and parameters."""
     numpy = pytest.importorskip("numpy")
 
     def scale(values: list[float], *, by: Any = 1) -> list[Any]:
@@ -472,7 +483,7 @@ def test_numbers_of_numpy_are_numbers_for_knobs_ports_and_parameters(serve: Any)
             server.tune(**{knob: numpy.array([1, 2])})
 
 
-def test_numbers_of_numpy_are_numbers_for_a_pipelines_parameters(serve: Any) -> None:
+def test_numpy_numbers_for_a_pipeline(serve: Any) -> None:
     numpy = pytest.importorskip("numpy")
     pytest.importorskip("torch")
     server = serve(None)
@@ -502,7 +513,8 @@ class Rows(list[Any]):
 @pytest.mark.parametrize(
     "wrap", [Pair, Record, lambda row: Rows([row]), lambda row: (row,), lambda row: {"s": row}]
 )
-def test_outputs_do_not_share_a_buffer_whatever_they_are_wrapped_in(serve: Any, wrap: Any) -> None:
+def test_outputs_share_no_buffer(serve: Any, wrap: Any) -> None:
+    """Whatever they are wrapped in."""
     np = pytest.importorskip("numpy")
     buffer = np.zeros((32, 3))
 
@@ -518,7 +530,7 @@ def test_outputs_do_not_share_a_buffer_whatever_they_are_wrapped_in(serve: Any, 
     assert values.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_an_exception_without_a_text_opens_no_breaker(serve: Any) -> None:
+def test_exception_without_a_text(serve: Any) -> None:
     class Nameless(RuntimeError):
         def __str__(self) -> str:
             raise LookupError
@@ -539,7 +551,7 @@ def test_an_exception_without_a_text_opens_no_breaker(serve: Any) -> None:
 # -- the protocol of a model --------------------------------------------------------------------------
 
 
-def test_step_gets_the_whole_list_and_the_parameters() -> None:
+def test_step_arguments() -> None:
     def scale(xs: list[float], held: str = "mine", *, by: float = 1.0) -> list[float]:
         assert held == "mine"
         return [x * by for x in xs]
@@ -557,13 +569,13 @@ def test_step_gets_the_whole_list_and_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["text", b"bytes", {"a": 1}, 5, None])
-def test_step_raises_for_what_is_no_list(wrong: Any) -> None:
+def test_step_without_a_list(wrong: Any) -> None:
     model = CallableModel(lambda xs: wrong)
     with pytest.raises(TypeError, match="must return a list"):
         model.step([Part(model.prepare("x", {}), 1)])
 
 
-def test_step_raises_for_a_wrong_number_of_outputs() -> None:
+def test_step_with_a_wrong_number() -> None:
     model = CallableModel(lambda xs: [*xs, "more"])
     with pytest.raises(WrongNumberOfOutputs, match="a list of 1 input and returned 2 outputs") as raised:
         model.step([Part(model.prepare("x", {}), 1)])

@@ -32,7 +32,7 @@ except serving_kit.StartError as error:
 
 
 class Hub:
-    """A port that hangs up on everybody, and counts them."""
+    """A port that closes every connection without an answer, and counts them."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -56,9 +56,10 @@ class Hub:
         self._sock.close()
 
 
-def test_an_id_that_is_not_here_is_refused_after_one_look_at_a_hub_that_does_not_answer(
+def test_hub_that_does_not_answer(
     tmp_path: Path,
 ) -> None:
+    """An id that is not in the cache is refused after one request to the Hub."""
     hub = Hub()
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "NO_PROXY": "127.0.0.1"}
@@ -78,7 +79,7 @@ def test_an_id_that_is_not_here_is_refused_after_one_look_at_a_hub_that_does_not
     assert "Retrying" not in done.stderr
 
 
-def test_a_model_in_the_cache_is_served_without_the_hub(tmp_path: Path) -> None:
+def test_cached_model_without_the_hub(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--some--encoder" / "snapshots" / "0123"
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(minilm_folder(), target_is_directory=True)
@@ -123,19 +124,19 @@ def folder(path: Path, architecture: str) -> Path:
         ("BertModel", "feature-extraction"),
     ],
 )
-def test_a_folder_without_a_task_is_refused_with_the_task_to_pass(
-    tmp_path: Path, architecture: str, task: str
-) -> None:
+def test_folder_without_a_task(tmp_path: Path, architecture: str, task: str) -> None:
+    """The error names the task to pass."""
     with pytest.raises(StartError, match=f"its task cannot be found out here.*task='{task}'"):
         serving_kit.serve(folder(tmp_path, architecture), port=0)
 
 
-def test_a_folder_of_an_unknown_architecture_is_refused_with_an_example(tmp_path: Path) -> None:
+def test_unknown_architecture(tmp_path: Path) -> None:
+    """The error has an example."""
     with pytest.raises(StartError, match="Pass it: such as task='fill-mask'"):
-        serving_kit.serve(folder(tmp_path, "Unheard"), port=0)
+        serving_kit.serve(folder(tmp_path, "Unknown"), port=0)
 
 
-def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="it holds no model"):
         serving_kit.serve(tmp_path, port=0)
 
@@ -161,7 +162,7 @@ def test_folder_and_pipeline(tmp_path: Any) -> None:
     [
         ({"model": "no/such/model/anywhere", "task": "fill-mask"}, "no folder and no public model"),
         ({"model": "/no/such/folder", "task": "fill-mask"}, "no folder and no public model"),
-        ({"model": "nobody/no-such-model", "task": "fill-mask"}, "the Hub cannot be reached"),
+        ({"model": "no-owner/no-such-model", "task": "fill-mask"}, "the Hub cannot be reached"),
         ({"model": "x/y", "task": "fill-masc"}, "Unknown task fill-masc"),
         ({"model": 42}, "cannot serve int: pass a Hub id"),
         ({"model": len, "task": "fill-mask"}, "are for loading a model by its id"),
@@ -191,7 +192,7 @@ def test_async_function_is_refused() -> None:
         load_model(asynchronous)
 
 
-def test_model_that_fails_for_its_own_example() -> None:
+def test_model_that_fails_on_its_example() -> None:
     pipe = fresh("fill-mask")
     pipe.model.cls.forward = None
     with pytest.raises(StartError, match="is loaded, but cannot answer: TypeError"):

@@ -42,7 +42,7 @@ def masked(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gets_the_pipelines_answers_from_the_masks_alone(family: str) -> None:
+def test_same_answers_for_every_family(family: str) -> None:
     pipe = masked(family)
     if family == "DistilBert":  # it takes no token types, and its own tokeniser makes none
         pipe.tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -58,7 +58,7 @@ def test_every_family_gets_the_pipelines_answers_from_the_masks_alone(family: st
             pipe.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
 
 
-def test_the_head_sees_nothing_but_the_masks() -> None:
+def test_head_computes_only_the_masks() -> None:
     pipe = masked("Bert")
     model = build_pipeline_model(pipe)
     seen = []
@@ -70,7 +70,7 @@ def test_the_head_sees_nothing_but_the_masks() -> None:
     assert [tuple(shape) for shape in seen] == [(1, 4, 32)]
 
 
-def test_a_model_that_is_built_otherwise_runs_in_full() -> None:
+def test_unknown_structure_runs_in_full() -> None:
     pipe = masked("Bert")
     head = type(pipe.model.cls)
 
@@ -87,7 +87,7 @@ def test_a_model_that_is_built_otherwise_runs_in_full() -> None:
     assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
 
 
-def test_modules_that_are_not_ours_are_never_hooked() -> None:
+def test_no_hook_on_the_users_modules() -> None:
     pipe = masked("Bert")
     pipe.model.cls.forward = pipe.model.cls.forward  # as accelerate does: such a model cannot be copied
     model = build_pipeline_model(pipe)
@@ -96,13 +96,13 @@ def test_modules_that_are_not_ours_are_never_hooked() -> None:
     assert_same(answers(model, TEXTS[:1], {}), [plain(pipe(TEXTS[0]))])
 
 
-def test_a_hook_is_never_left_behind() -> None:
+def test_hooks_are_removed() -> None:
     pipe = masked("Bert")
     model = build_pipeline_model(pipe)
     answers(model, TEXTS, {})
     assert not model.pipe.model.base_model._forward_hooks
 
 
-def test_there_is_a_switch() -> None:
+def test_switch() -> None:
     assert build_pipeline_model(tiny("fill-mask")).stepper.shortcut is not None
     assert build_pipeline_model(tiny("fill-mask"), shortcuts=False).stepper.shortcut is None

@@ -57,7 +57,7 @@ def text(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("task", IMAGE_TASKS)
-def test_an_image_comes_as_bytes_or_as_base64(serve: Serve, task: str) -> None:
+def test_image_as_bytes_or_base64(serve: Serve, task: str) -> None:
     pipe = tiny(task)
     url, want = serve(pipe).url, plain(pipe(PICTURE))
     for kind in ({}, {"content-type": "image/png"}, {"content-type": "application/octet-stream"}):
@@ -70,7 +70,7 @@ def test_an_image_comes_as_bytes_or_as_base64(serve: Serve, task: str) -> None:
     assert httpx.post(url, content=curl, headers={"content-type": "text/plain"}).json() == [want, want]
 
 
-def test_a_cell_may_pass_an_image_itself(serve: Serve) -> None:
+def test_image_object_from_a_cell(serve: Serve) -> None:
     pipe = tiny("image-classification")
     assert plain(serve(pipe)(PICTURE, top_k=1)) == plain(pipe(PICTURE, top_k=1))
 
@@ -143,7 +143,7 @@ def test_no_string_is_opened_or_fetched(
         (b"\0" * 100, "not an image"),
     ],
 )
-def test_a_bad_image_is_refused_and_the_server_goes_on(serve: Serve, data: bytes, complaint: str) -> None:
+def test_bad_image(serve: Serve, data: bytes, complaint: str) -> None:
     server = serve(tiny("image-classification"))
     refused = httpx.post(server.url, content=data)
     assert refused.status_code == 422
@@ -151,7 +151,7 @@ def test_a_bad_image_is_refused_and_the_server_goes_on(serve: Serve, data: bytes
     assert httpx.post(server.url, content=image_file()).status_code == 200
 
 
-def test_an_image_larger_than_a_text_may_be_is_taken(serve: Serve) -> None:
+def test_image_above_the_limit_for_text(serve: Serve) -> None:
     noise = np.random.default_rng(1).integers(0, 255, (900, 900, 3), dtype=np.uint8)
     body = image_file(Image.fromarray(noise))
     assert len(body) > 2**20
@@ -166,7 +166,8 @@ def test_sound_is_bounded_in_length() -> None:
 
 
 @pytest.mark.parametrize(("kind", "one"), [("u1", 255), ("<i2", 2**15 - 1), ("<i4", 2**31 - 1)])
-def test_every_width_of_sample_is_between_minus_one_and_one(kind: str, one: int) -> None:
+def test_sample_widths(kind: str, one: int) -> None:
+    """Samples of every width are scaled to -1..1."""
     heard = media.sound(wav(np.array([one, 0], kind), rate=4))
     assert heard["raw"].dtype == np.float32
     assert heard["raw"][0] == pytest.approx(1, abs=0.01)
@@ -189,9 +190,7 @@ _starts = [
     noise=st.binary(max_size=60),
     encode=st.booleans(),
 )
-def test_any_bytes_are_a_picture_or_sound_or_refused(
-    start: bytes, cut: int, noise: bytes, encode: bool
-) -> None:
+def test_any_bytes_decode_or_are_refused(start: bytes, cut: int, noise: bytes, encode: bool) -> None:
     data = start[:cut] + noise + start[cut + len(noise) :]
     for read in (media.image, media.sound):
         try:
@@ -203,13 +202,13 @@ def test_any_bytes_are_a_picture_or_sound_or_refused(
 @pytest.mark.parametrize(
     "value", [None, 1, [], {}, {"raw": [1.0], "sampling_rate": 8}, "é", "a b", "data:,x"]
 )
-def test_what_is_neither_bytes_nor_base64_is_refused(value: Any) -> None:
+def test_neither_bytes_nor_base64(value: Any) -> None:
     for read in (media.image, media.sound):
         with pytest.raises(InputRejected, match="never opened"):
             read(value)
 
 
-def test_a_pipeline_that_opens_files_and_is_not_known_is_not_served() -> None:
+def test_unknown_pipeline_that_opens_files() -> None:
     import copy
 
     pipe = copy.copy(tiny("image-classification"))

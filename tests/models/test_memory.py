@@ -40,7 +40,8 @@ def failed(made: list[weakref.ref[Large]]) -> BaseException:
     raise AssertionError
 
 
-def test_frames_of_the_error_and_its_cause_are_cleared() -> None:
+def test_frames_are_cleared() -> None:
+    """Those of the error and of its cause."""
     made: list[weakref.ref[Large]] = []
     error = failed(made)
     assert all(each() is not None for each in made)

@@ -23,7 +23,7 @@ Serve = Callable[..., Any]
 WHY_MEDIA = "inputs of this task are answered one by one"
 
 
-def test_images_that_wait_together_are_answered_one_after_the_other(serve: Serve) -> None:
+def test_images_run_one_by_one(serve: Serve) -> None:
     pipe = copy.copy(tiny("image-classification"))
     pipe.model = copy.deepcopy(pipe.model)
     allowed = threading.Semaphore(0)
@@ -47,9 +47,7 @@ def assert_acquired(allowed: threading.Semaphore) -> None:
 
 
 @pytest.mark.parametrize("task", [*IMAGE_TASKS, *SOUND_TASKS, "text-to-audio"])
-def test_a_default_is_lowered_and_the_line_of_serve_says_why(
-    serve: Serve, task: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lowered_default_has_a_note(serve: Serve, task: str, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(tiny(task))
     line = f"max_batch_size is 1: {WHY_MEDIA}"
     assert server.settings.max_batch_size == 1
@@ -69,9 +67,7 @@ def test_a_default_is_lowered_and_the_line_of_serve_says_why(
     assert server.tune(timeout_ms=5000).max_batch_size == 1
 
 
-def test_a_generating_pipeline_without_a_pad_token_is_served_one_by_one(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generation_without_a_pad_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = without_pad_token()
     server = serve(pipe)
     out = capsys.readouterr().out
@@ -81,7 +77,8 @@ def test_a_generating_pipeline_without_a_pad_token_is_served_one_by_one(
     assert server("the river", **parameters) == pipe("the river", **parameters)
 
 
-def test_what_was_asked_for_is_not_lowered_but_refused_with_the_reason() -> None:
+def test_given_size_is_refused() -> None:
+    """`max_batch_size` that a person has set is not lowered."""
     for size in (2, 32):
         with pytest.raises(StartError, match=rf"must be 1 .*got {size}: its tokenizer has no pad token"):
             serving_kit.serve(without_pad_token(), port=0, max_batch_size=size)
@@ -90,7 +87,7 @@ def test_what_was_asked_for_is_not_lowered_but_refused_with_the_reason() -> None
         run_lifespan(app)
 
 
-def test_an_app_lowers_what_was_not_asked_for() -> None:
+def test_app_lowers_the_default() -> None:
     app = serving_kit.create_app(without_pad_token())
     assert run_lifespan(app).settings.max_batch_size == 1
 
@@ -106,7 +103,7 @@ def run_lifespan(app: Any) -> Any:
     return asyncio.run(main())
 
 
-def test_the_command_says_it_too(tmp_path: Any) -> None:
+def test_command_shows_the_note(tmp_path: Any) -> None:
     pipe = without_pad_token()
     pipe.model.save_pretrained(tmp_path)
     pipe.tokenizer.save_pretrained(tmp_path)
@@ -131,9 +128,7 @@ def test_the_command_says_it_too(tmp_path: Any) -> None:
     assert "max_batch_size is 1: its tokenizer has no pad token" in said
 
 
-def test_a_model_that_batches_keeps_the_default_and_has_nothing_to_say(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_note_for_a_batching_model(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(tiny("fill-mask"))
     assert server.settings.max_batch_size == 32
     assert server.stats()["notes"] == []

@@ -36,7 +36,7 @@ def test_schema_of_bounds() -> None:
     assert nested["properties"]["truncation"] == {"type": "boolean"}
 
 
-def test_values_get_the_types_of_the_pipeline() -> None:
+def test_types_of_the_pipeline() -> None:
     given = {"top_k": 3.0, "tokenizer_kwargs": {"max_length": 5.0}}
     TASKS["fill-mask"].check_parameters(given)
     typed = TASKS["fill-mask"].typed(given)

@@ -33,7 +33,7 @@ from tests.support_models import (
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_alone_exactly_the_pipelines_answer(task: str) -> None:
+def test_same_answer_alone(task: str) -> None:
     pipe, parameters, text = tiny(task), PARAMETERS.get(task, {}), example(task, 12)
     model = build_pipeline_model(pipe, shortcuts=False)
     got, want = answers(model, [text], parameters), [plain(pipe(text, **parameters))]
@@ -44,7 +44,7 @@ def test_alone_exactly_the_pipelines_answer(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_same_answers_in_a_batch_of_mixed_lengths(task: str) -> None:
+def test_same_answers_in_a_mixed_batch(task: str) -> None:
     pipe, parameters = tiny(task), PARAMETERS.get(task, {})
     texts = [example(task, words) for words in LENGTHS]
     want = [plain(pipe(text, **parameters)) for text in texts]
@@ -100,7 +100,7 @@ def test_step_and_protocol(task: str) -> None:
     assert model.classify(ValueError()) is FailureKind.ERROR
 
 
-def test_a_step_that_raises_leaves_its_inputs_unchanged() -> None:
+def test_failed_step_changes_no_input() -> None:
     pipe = fresh("fill-mask")
     model, text = build_pipeline_model(pipe), example("fill-mask", 9)
     prepared = model.prepare(text, {})
@@ -118,7 +118,7 @@ def test_estimates() -> None:
     assert build_pipeline_model(tiny(IMAGE_TASKS[0])).estimate(b"x" * 40) == Work()
 
 
-def test_bad_inputs_alone_open_no_breaker(
+def test_bad_inputs_open_no_breaker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def main() -> None:

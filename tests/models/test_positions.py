@@ -82,7 +82,8 @@ def text_of(tokens: int) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_at_the_limit_is_answered_and_a_longer_one_is_refused(serve: Serve, family: str) -> None:
+def test_text_at_the_limit(serve: Serve, family: str) -> None:
+    """One token more is refused."""
     _, limit = FAMILIES[family]
     pipe = encoder(family)
     server = serve(pipe, timeout_ms=60_000, drop_hopeless=False)
@@ -97,16 +98,15 @@ def test_a_text_at_the_limit_is_answered_and_a_longer_one_is_refused(serve: Serv
 
 
 @pytest.mark.parametrize("family", [name for name, (_, limit) in FAMILIES.items() if limit < DECLARED])
-def test_those_limits_are_where_the_model_itself_gives_up(family: str) -> None:
+def test_limits_are_the_models_own(family: str) -> None:
     pipe, (_, limit) = encoder(family), FAMILIES[family]
     pipe(text_of(limit))
     with pytest.raises((IndexError, RuntimeError), match=r"index .*out of (range|bounds)"):
         pipe(text_of(limit + 1))
 
 
-def test_a_model_whose_config_promises_too_much_is_served_up_to_what_it_answers(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_with_too_many_positions(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served up to the length that the model answers."""
     monkeypatch.setattr(positions, "TRIAL_S", 60.0)  # however slow this machine is
     pipe = encoder("Bert")
     pipe.model.embeddings.position_embeddings = torch.nn.Embedding(20, 32)
@@ -117,7 +117,7 @@ def test_a_model_whose_config_promises_too_much_is_served_up_to_what_it_answers(
     assert "this model takes 20 at most" in refused.json()["error"]
 
 
-def test_a_model_without_positions_has_no_limit(serve: Serve) -> None:
+def test_no_positions_no_limit(serve: Serve) -> None:
     config = transformers.T5Config(
         vocab_size=len(words()), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2
     )
@@ -127,8 +127,8 @@ def test_a_model_without_positions_has_no_limit(serve: Serve) -> None:
     assert len(server(text_of(3000))[0]) == 3000
 
 
-def test_a_model_that_cannot_be_tried_is_served_with_the_limit_of_its_tokenizer(serve: Serve) -> None:
-    """A T5 classifier is an encoder and a decoder, whose inputs the pipeline does not have."""
+def test_model_that_cannot_be_tried(serve: Serve) -> None:
+    """A T5 classifier needs inputs for its decoder too: the limit of the tokenizer holds."""
     config = transformers.T5Config(
         vocab_size=len(words()),
         d_model=32,
@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_tried_is_served_with_the_limit_of_its_tokenizer(
     assert "takes 64 at most" in httpx.post(server.url, content=text_of(65), timeout=60).text
 
 
-def test_the_limit_of_the_tokenizer_holds_where_it_is_smaller(serve: Serve) -> None:
+def test_smaller_limit_of_the_tokenizer(serve: Serve) -> None:
     pipe = encoder("Roberta")
     pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
     pipe.tokenizer.model_max_length = 16
@@ -165,7 +165,7 @@ def generated(server: Any, text: str, **parameters: Any) -> httpx.Response:
     return httpx.post(server.url, json=body, timeout=60)
 
 
-def test_the_default_number_of_new_tokens_is_lowered_to_what_fits(serve: Serve) -> None:
+def test_default_of_new_tokens_is_lowered(serve: Serve) -> None:
     pipe = tiny("text-generation")  # 128 positions, and a default of 256 new tokens
     config = pipe.model.generation_config.to_dict()
     server = serve(pipe, timeout_ms=60_000, drop_hopeless=False)
@@ -179,7 +179,7 @@ def test_the_default_number_of_new_tokens_is_lowered_to_what_fits(serve: Serve) 
     assert pipe.model.generation_config.to_dict() == config
 
 
-def test_what_a_client_asks_for_is_not_lowered_but_refused(serve: Serve) -> None:
+def test_given_new_tokens_are_refused(serve: Serve) -> None:
     server = serve(tiny("text-generation"), timeout_ms=60_000, drop_hopeless=False)
     assert generated(server, "the river", max_new_tokens=124).status_code == 200
     refused = generated(server, "the river", max_new_tokens=125)
@@ -193,8 +193,8 @@ def test_what_a_client_asks_for_is_not_lowered_but_refused(serve: Serve) -> None
     assert "128 tokens and 1 more must fit; this model takes 128" in refused.json()["error"]
 
 
-def test_a_max_length_of_the_model_counts_for_each_prompt_alone(serve: Serve) -> None:
-    """`generate` counts it from the longest prompt of a batch, and fails if that is longer."""
+def test_max_length_of_the_model(serve: Serve) -> None:
+    """Each prompt counts alone. `generate` itself counts from the longest prompt of a batch."""
     pipe = copy.copy(tiny("text-generation"))
     pipe.model = copy.deepcopy(pipe.model)
     pipe.model.generation_config.max_length = 20
@@ -210,7 +210,8 @@ def test_a_max_length_of_the_model_counts_for_each_prompt_alone(serve: Serve) ->
     assert server.logs() == before, "the library had something to say"
 
 
-def test_prompts_of_different_lengths_that_share_no_forward_get_their_own_lengths(serve: Serve) -> None:
+def test_prompts_that_share_no_step(serve: Serve) -> None:
+    """Each gets its own length."""
     pipe = tiny("text-generation")
     texts = [text_of(tokens) for tokens in (90, 100, 100, 120)]
     server = serve(pipe, timeout_ms=60_000, drop_hopeless=False)

@@ -42,7 +42,8 @@ def a_busy_cell(pipe: Any, text: str) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("shortcuts", [True, False])
-def test_a_cell_that_truncates_shortens_no_clients_text(serve: Serve, shortcuts: bool) -> None:
+def test_truncation_in_a_cell(serve: Serve, shortcuts: bool) -> None:
+    """It shortens no client's text."""
     pipe, text = fresh(TASK), example(TASK, 40)
     want = plain(pipe(text))
     server = serve(pipe, shortcuts=shortcuts, **PATIENT)
@@ -53,7 +54,7 @@ def test_a_cell_that_truncates_shortens_no_clients_text(serve: Serve, shortcuts:
     assert set(lengths) == {8}, "and no client lengthens the cell's"
 
 
-def test_two_servers_on_one_pipeline_do_not_disturb_each_other(serve: Serve) -> None:
+def test_two_servers_on_one_pipeline(serve: Serve) -> None:
     pipe, text = fresh(TASK), example(TASK, 40)
     want = len(plain(pipe(text))[0])
     truncated = {"tokenize_kwargs": {"truncation": True, "max_length": 8}}
@@ -75,7 +76,8 @@ def test_two_servers_on_one_pipeline_do_not_disturb_each_other(serve: Serve) -> 
     assert widths == [{want}, {8}]
 
 
-def test_running_the_cell_again_with_the_same_pipeline_gives_the_new_server_its_own(serve: Serve) -> None:
+def test_rerun_with_the_same_pipeline(serve: Serve) -> None:
+    """The new server gets a tokenizer of its own."""
     pipe, text = fresh(TASK), example(TASK, 40)
     want = len(plain(pipe(text))[0])
     serve(pipe)
@@ -85,7 +87,7 @@ def test_running_the_cell_again_with_the_same_pipeline_gives_the_new_server_its_
     assert widths == {want}
 
 
-def test_a_stop_sequence_of_the_pipelines_construction_still_works(serve: Serve) -> None:
+def test_stop_sequence_of_the_pipeline(serve: Serve) -> None:
     plain_pipe = tiny("text-generation")
     pipe = type(plain_pipe)(
         model=plain_pipe.model,
@@ -101,7 +103,7 @@ def test_a_stop_sequence_of_the_pipelines_construction_still_works(serve: Serve)
     assert pipe.tokenizer is before
 
 
-def test_a_tokenizer_that_cannot_be_copied_is_refused_with_the_remedy(serve: Serve) -> None:
+def test_tokenizer_that_cannot_be_copied(serve: Serve) -> None:
     pipe = fresh(TASK)
     kind = type(pipe.tokenizer)
 
@@ -117,7 +119,7 @@ def test_a_tokenizer_that_cannot_be_copied_is_refused_with_the_remedy(serve: Ser
 # -- modules ------------------------------------------------------------------------------------------
 
 
-def test_shared_weights_and_other_modules() -> None:
+def test_shared_weights() -> None:
     model = tiny("text-classification").model
     other = with_shared_weights(model)
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):

@@ -50,7 +50,7 @@ def test_no_pad_token_in_the_config(task: str) -> None:
     assert "its config has no pad token" in limit.reason
 
 
-def test_several_inputs_without_collating() -> None:
+def test_inputs_without_collating() -> None:
     """Inputs of a model that cannot pad still get one output each."""
     model = build_pipeline_model(tiny("image-feature-extraction"))
     from tests.support_models import image_file
@@ -59,7 +59,7 @@ def test_several_inputs_without_collating() -> None:
     assert first == second
 
 
-def test_chunks_of_one_input_share_a_call_with_those_of_others() -> None:
+def test_chunks_share_a_call() -> None:
     model = build_pipeline_model(tiny("zero-shot-classification"))
     calls: list[int] = []
     hook = model.pipe.model.register_forward_pre_hook(

@@ -29,7 +29,7 @@ WITHOUT_PARAMETERS = [task for task in TASKS if task not in PARAMETERS]
 
 
 @pytest.mark.parametrize("task", WITHOUT_PARAMETERS)
-def test_curl_gets_exactly_what_the_pipeline_returns(serve: Serve, task: str) -> None:
+def test_raw_answer_is_the_pipelines(serve: Serve, task: str) -> None:
     pipe, text = tiny(task), example(task, 12)
     server = serve(pipe, shortcuts=False)
     command = ["curl", "-sS", "-X", "POST", "-d", text, server.url + "/"]
@@ -38,7 +38,8 @@ def test_curl_gets_exactly_what_the_pipeline_returns(serve: Serve, task: str) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_sixteen_clients_at_once_get_their_own_answers(serve: Serve, task: str) -> None:
+def test_sixteen_clients_at_once(serve: Serve, task: str) -> None:
+    """Each gets its own answer."""
     pipe, parameters = tiny(task), PARAMETERS.get(task, {})
     server = serve(pipe)
     before = server.logs()
@@ -51,7 +52,7 @@ def test_sixteen_clients_at_once_get_their_own_answers(serve: Serve, task: str) 
     assert server.logs() == before, "the library had something to say, which a cell would have shown"
 
 
-def test_requests_with_different_parameters_at_once_are_not_mixed_up(serve: Serve) -> None:
+def test_different_parameters_at_once(serve: Serve) -> None:
     pipe = tiny("fill-mask")
     server = serve(pipe, max_wait_ms=20)
     text = example("fill-mask", 9)
@@ -65,7 +66,7 @@ def test_requests_with_different_parameters_at_once_are_not_mixed_up(serve: Serv
         assert list(clients.map(ask, asked)) == asked
 
 
-def test_a_missing_mask_fails_alone_among_its_batch_mates(serve: Serve) -> None:
+def test_missing_mask_fails_alone(serve: Serve) -> None:
     server = serve(tiny("fill-mask"), max_wait_ms=50)
     texts = ["a [MASK]", "no mask", "b [MASK]"]
     with ThreadPoolExecutor(3) as clients:
@@ -85,7 +86,7 @@ def test_a_real_encoder_from_a_folder(serve: Serve) -> None:
     assert_same(features[0], server(short))
 
 
-def test_a_pipeline_that_cannot_batch_starts_only_as_one_by_one(serve: Serve) -> None:
+def test_pipeline_that_cannot_batch(serve: Serve) -> None:
     pipe = without_pad_token()
     with pytest.raises(StartError, match=r"no pad token.*pad_token = .*max_batch_size=1"):
         serve(pipe, max_batch_size=32)
@@ -96,7 +97,7 @@ def test_a_pipeline_that_cannot_batch_starts_only_as_one_by_one(serve: Serve) ->
         server.tune(max_batch_size=2)
 
 
-def test_the_bundled_model_answers_with_words(serve: Serve) -> None:
+def test_words_of_the_bundled_model(serve: Serve) -> None:
     server = serve(None)
     assert (server.stats()["model"], server.stats()["task"]) == ("serving-kit-demo", "fill-mask")
     answer = server("the cat sat on the [MASK].")

@@ -81,7 +81,7 @@ def strings(canary: Path, address: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
-def test_a_served_pipeline_opens_and_fetches_nothing(
+def test_nothing_is_opened_or_fetched(
     serve: Serve, task: str, tmp_path: Path, fetched: tuple[str, list[str]], opened: list[str]
 ) -> None:
     address, asked = fetched
@@ -102,7 +102,7 @@ def test_a_served_pipeline_opens_and_fetches_nothing(
 
 
 @pytest.mark.parametrize("task", [task for task in REGISTERED if task not in TASKS])
-def test_every_other_pipeline_of_the_library_is_refused_with_the_remedy(task: str) -> None:
+def test_other_pipelines_are_refused(task: str) -> None:
     implementation = PIPELINE_REGISTRY.check_task(task)[1]["impl"]
     kind = (
         getattr(transformers, implementation.rpartition(".")[2])
@@ -117,9 +117,9 @@ def test_every_other_pipeline_of_the_library_is_refused_with_the_remedy(task: st
         serving_kit.serve(pipe, port=0)
 
 
-def test_a_task_that_is_not_served_is_refused_before_anything_is_loaded() -> None:
+def test_unserved_task_loads_nothing() -> None:
     with pytest.raises(StartError, match="depth-estimation is not served"):
-        serving_kit.serve("nobody/no-such-model", task="depth-estimation", port=0)
+        serving_kit.serve("no-owner/no-such-model", task="depth-estimation", port=0)
 
 
 def layoutlm() -> Any:
@@ -136,7 +136,7 @@ def layoutlm() -> Any:
     )
 
 
-def test_a_document_pipeline_without_an_image_processor_is_refused() -> None:
+def test_document_without_image_processor() -> None:
     pipe = layoutlm()
     assert pipe.image_processor is None
     assert pipe.feature_extractor is None
@@ -145,7 +145,7 @@ def test_a_document_pipeline_without_an_image_processor_is_refused() -> None:
 
 
 class Opening(transformers.Pipeline):
-    """A pipeline of somebody's own that opens what it is given."""
+    """A pipeline that is not the library's, and opens what it is given."""
 
     def _sanitize_parameters(self, **_: Any) -> Any:
         return {}, {}, {}
@@ -161,20 +161,20 @@ class Opening(transformers.Pipeline):
 
 
 @pytest.mark.parametrize("task", ["my-task", "text-classification"])
-def test_a_pipeline_class_that_is_not_the_librarys_is_refused_whatever_its_task(task: str) -> None:
+def test_foreign_pipeline_class(task: str) -> None:
     pipe = Opening(model=tiny("text-classification").model, device="cpu", task=task)
     with pytest.raises(StartError, match=r"is not served: .* that clients send.* a function"):
         serving_kit.serve(pipe, port=0)
 
 
-def test_a_known_task_name_on_another_pipeline_is_refused() -> None:
+def test_task_name_on_another_class() -> None:
     pipe = copy.copy(layoutlm())
     pipe.task = "fill-mask"
     with pytest.raises(StartError, match="DocumentQuestionAnsweringPipeline is no FillMaskPipeline"):
         serving_kit.serve(pipe, port=0)
 
 
-def test_a_class_derived_from_the_librarys_is_served(serve: Serve) -> None:
+def test_derived_pipeline_class(serve: Serve) -> None:
     class Loud(transformers.TextClassificationPipeline):
         def postprocess(self, *arguments: Any, **more: Any) -> Any:
             answer = super().postprocess(*arguments, **more)
@@ -185,8 +185,8 @@ def test_a_class_derived_from_the_librarys_is_served(serve: Serve) -> None:
     assert serve(pipe)("it rains")[0]["label"] == plain("it rains")[0]["label"].upper()
 
 
-def test_a_processor_that_takes_images_first_is_refused_for_speech() -> None:
-    """`TextToAudioPipeline` calls `processor(text)`; the library's default processor takes images first."""
+def test_image_processor_for_speech() -> None:
+    """Refused: `TextToAudioPipeline` calls `processor(text)`, and the default one takes images first."""
     processor = transformers.CLIPProcessor.__new__(transformers.CLIPProcessor)
     processor.tokenizer = tokenizer()
     pipe = text_to_audio()
@@ -199,8 +199,8 @@ def test_a_processor_that_takes_images_first_is_refused_for_speech() -> None:
         serving_kit.serve(pipe, port=0)
 
 
-def test_the_servable_tasks_are_still_those_of_the_library() -> None:
-    """A new release may rename a pipeline, and its contract would no longer hold."""
+def test_tasks_of_the_library() -> None:
+    """A new release of the library may rename a pipeline, and its contract would no longer hold."""
     for task, contract in TASKS.items():
         assert task in REGISTERED
         assert hasattr(transformers, contract.pipeline)
@@ -209,8 +209,8 @@ def test_the_servable_tasks_are_still_those_of_the_library() -> None:
 @pytest.mark.parametrize(
     ("alias", "task"), [("sentiment-analysis", "text-classification"), ("ner", "token-classification")]
 )
-def test_a_task_by_its_other_name_is_served_as_that_task(serve: Serve, alias: str, task: str) -> None:
-    """A pipeline keeps the name that it was made with."""
+def test_alias_of_a_task(serve: Serve, alias: str, task: str) -> None:
+    """A pipeline keeps the name that it was made with; it is served as the task of that alias."""
     pipe = copy.copy(tiny(task))
     pipe.task = alias
     server = serve(pipe, max_batch_size=4)

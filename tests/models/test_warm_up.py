@@ -31,7 +31,7 @@ def test_timings_make_the_cost_known() -> None:
     assert service.status().core.cost_known
 
 
-def test_no_timings_of_what_says_nothing_about_the_cost() -> None:
+def test_no_timings() -> None:
     """A generated text costs what it has tokens; no image is made up."""
     generating = warm_up(build_pipeline_model(tiny("text-generation")))
     assert generating.example is not None
@@ -41,7 +41,7 @@ def test_no_timings_of_what_says_nothing_about_the_cost() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_example_is_an_input_that_is_answered(task: str) -> None:
+def test_example_is_answered(task: str) -> None:
     model = load_model(tiny(task))
     assert model.example is not None
     value, parameters = model.example
@@ -57,13 +57,13 @@ def test_function_has_no_example() -> None:
     assert not seen
 
 
-def test_without_a_pad_token_batches_of_one() -> None:
+def test_no_pad_token() -> None:
     model = warm_up(build_pipeline_model(without_pad_token()))
     assert model.example is not None
 
 
-def test_longest_input_is_what_the_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A config that states more positions than there are rows in the table is not relied on."""
+def test_longest_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the model answers, also where its config states more positions than its table has."""
     import torch
 
     monkeypatch.setattr(positions, "TRIAL_S", 60.0)  # however slow this machine is

@@ -109,7 +109,7 @@ def test_model_with_two_speeds(seldom: tuple[float, float], rate: float, timeout
     assert mine.count("ok") >= 0.85 * oracle.count("ok")
 
 
-def test_one_hiccup_moves_little() -> None:
+def test_one_outlier_moves_little() -> None:
     cost = CostModel()
     for x in (10, 100, 500, 1000) * 10:
         cost.observe(x, 0.004 + 60e-6 * x)
@@ -161,14 +161,14 @@ def test_burst_of_two_hundred(quiet_calls: int) -> None:
     assert mine.count("ok") >= 0.9 * oracle.count("ok")
 
 
-@pytest.mark.parametrize("hiccup", [False, True])
+@pytest.mark.parametrize("outlier", [False, True])
 @pytest.mark.parametrize("timeout", [2.0, 10.0])
-def test_cold_start_rejects_nothing(timeout: float, hiccup: bool) -> None:
+def test_cold_start_rejects_nothing(timeout: float, outlier: bool) -> None:
     """Warming up has shown a few tiny batches, some of them while another process had the core."""
     a, b = 0.005, 200e-6
     warm = CostModel()
     for tokens, slow in ((4, 1), (37, 50), (16, 1), (148, 11), (64, 1)):
-        warm.observe(tokens, (a + b * tokens) * (slow if hiccup else 1))
+        warm.observe(tokens, (a + b * tokens) * (slow if outlier else 1))
     mine, _ = run(20, a, b, bursts=[(0.01, 32)], rate=40, timeout=timeout, length=lognormal, cost=warm)
     assert mine.count("rejected") == mine.count("dropped") == mine.count("late") == 0
 
@@ -183,8 +183,8 @@ def test_noisy_batches(a: float, b: float, seed: int) -> None:
     cost = CostModel()
     for _ in range(200):
         x = dice.randint(4, 3000)
-        hiccup = 2.0 if dice.random() < 0.005 else 1.0
-        cost.observe(x, (a + b * x) * dice.gauss(1, 0.05) * hiccup)
+        outlier = 2.0 if dice.random() < 0.005 else 1.0
+        cost.observe(x, (a + b * x) * dice.gauss(1, 0.05) * outlier)
     for x in (50, 500, 2500):
         assert cost.seconds(x) == pytest.approx(a + b * x, rel=0.25)
         assert cost.high(x) >= cost.seconds(x)

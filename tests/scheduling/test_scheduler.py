@@ -1,4 +1,4 @@
-"""The promises of the scheduler, as properties over random histories on a fake clock.
+"""The invariants of the scheduler, as properties over random histories on a fake clock.
 
 Numbers in brackets refer to the list of invariants that the design asks for.
 """

@@ -3,7 +3,7 @@
     body, headers ── decode ──▶ DecodedRequest ── service.predict ──▶ answers ── encode ──▶ body
                                                                       chunks  ── stream ──▶ frames
 
-A dialect is one module: functions, and at its end one `Dialect` that names them. `dialects/__init__.py`
+A dialect is one module: functions, and at its end one `Dialect` that names them. `http/dialects/__init__.py`
 lists them, and everything else follows from that list: routes, the OpenAPI document, the shape of errors.
 """
 

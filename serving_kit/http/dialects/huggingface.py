@@ -2,7 +2,7 @@
 
 A list of inputs is several items; the answer is a list in the same order. The object counts also where the
 body does not say that it is JSON, because `curl -d` says of every body that it is a form. A form with a
-field `inputs` is such an object, too (`forms.py`). Images and sound are base64 (`models/media.py`).
+field `inputs` is such an object, too (`http/forms.py`). Images and sound are base64 (`models/media.py`).
 
 Not here: which parameters exist (`models/tasks.py`).
 """
