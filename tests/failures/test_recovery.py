@@ -259,7 +259,9 @@ def test_too_many_together() -> None:
     """The halves run anyway, and the least that did not fit is reported."""
     driver = Driver(lambda values: MemoryError() if len(values) > 2 else None)
     conclusions = driver.recover([running("vvvv"), *batch(8)[1:]])
-    assert values(conclusions.too_large) == ["v4", "v5", "v6", "v7"]
+    assert conclusions.too_large is not None
+    assert values(conclusions.too_large.items) == ["v4", "v5", "v6", "v7"]
+    assert (conclusions.too_large.longest, conclusions.too_large.padded_tokens) == (2, 8)
     assert driver.canaries == 0
     assert len(driver.answered) == 8
 
@@ -267,7 +269,7 @@ def test_too_many_together() -> None:
 def test_too_large_alone() -> None:
     driver = Driver(raise_for("large", error=MemoryError))
     conclusions = driver.recover([running("large"), running("v1")])
-    assert not conclusions.too_large
+    assert conclusions.too_large is None
     assert driver.settled["large"].alone
     assert driver.answered == ["v1"]
 
@@ -307,7 +309,8 @@ def test_memory_is_freed_each_time() -> None:
 def test_memory_without_retry() -> None:
     driver = Driver(lambda values: MemoryError(), canary=None)
     conclusions = driver.recover(batch(8), retry=False)
-    assert len(conclusions.too_large) == 8
+    assert conclusions.too_large is not None
+    assert len(conclusions.too_large.items) == 8
     assert not any(each.alone for each in driver.settled.values())
     driver = Driver(lambda values: MemoryError(), canary=None)
     driver.recover(batch(1), retry=False)
