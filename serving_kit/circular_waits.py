@@ -12,8 +12,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from serving_kit.batching import THREAD_NAME
 from serving_kit.service import Service
+from serving_kit.worker import THREAD_NAME
 
 _waiting: dict[threading.Thread, Service] = {}  # model threads that wait for an answer, and whose
 _lock = threading.Lock()

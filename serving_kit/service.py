@@ -22,7 +22,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from serving_kit.batching import Batcher, ModelThread, WorkerFactory
+from serving_kit.batching import Batcher
 from serving_kit.engine import Engine
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -44,6 +44,7 @@ from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 from serving_kit.status_reader import StatusReader
 from serving_kit.telemetry import Telemetry
+from serving_kit.worker import ModelThread, WorkerFactory
 
 _TEXT_BODY, _MEDIA_BODY = 2**20, 2**25
 _MOST_HELD = 2**29  # bytes of all bodies together: max_queue_size bounds only how many there are

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving_kit.actions import Action, Exit, Sleep, Step
-from serving_kit.batching import Handover
 from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk
 from serving_kit.failures import classify
@@ -44,6 +43,7 @@ from serving_kit.model import Failed as PartFailed
 from serving_kit.records import BatchReason, BatchRecord, Outcome, Record, RequestRecord
 from serving_kit.service import Service
 from serving_kit.settings import Settings
+from serving_kit.worker import Handover
 
 SECONDS = 30.0  # of virtual time in which clients arrive
 LONGEST_S = 3000.0  # until everything must have ended

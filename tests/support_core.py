@@ -14,7 +14,7 @@ from typing import Any
 
 from serving_kit import execution
 from serving_kit.actions import Action, Exit, Sleep
-from serving_kit.batching import THREAD_NAME, Batcher
+from serving_kit.batching import Batcher
 from serving_kit.engine import Engine
 from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk, Done, End, Event, Failed
@@ -25,6 +25,7 @@ from serving_kit.model import FailureKind, Input, Limits, More, Part, Prepared, 
 from serving_kit.records import BatchRecord, BreakerRecord, FailureRecord, Record
 from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
+from serving_kit.worker import THREAD_NAME
 
 PATIENCE_S = 10.0  # after which a test fails because something hangs
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from serving_kit.batching import Handover
 from serving_kit.engine import Engine
 from serving_kit.errors import (
     DeadlineExceeded,
@@ -28,6 +27,7 @@ from serving_kit.failures.breaker import Gate
 from serving_kit.model import FailureKind, Input
 from serving_kit.records import BatchReason, BatchRecord, FailureRecord, Record
 from serving_kit.settings import Settings
+from serving_kit.worker import Handover
 from tests.support_core import (
     PATIENCE_S,
     Bench,
@@ -251,7 +251,7 @@ def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system has no thread to give: it is tried again."""
-    monkeypatch.setattr("serving_kit.batching._NO_THREAD_S", 0.01)
+    monkeypatch.setattr("serving_kit.worker._NO_THREAD_S", 0.01)
     start, refusals = threading.Thread.start, 3
 
     def stingy(thread: threading.Thread) -> None:

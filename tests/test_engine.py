@@ -486,6 +486,15 @@ def test_lost_device_latches() -> None:
     assert refused.value.retry_after is None
 
 
+def test_failed_beside_rejected() -> None:
+    """A step without an answer counts if one of its items was not merely rejected."""
+    bed = Bed()
+    results = iter([FailedAlone(InputRejected("no")), FailedAlone(ValueError())])
+    bed.model.advance = lambda payload: next(results)  # type: ignore[method-assign]
+    bed.ask("a", "b")
+    assert bed.engine.breaker.has_failures
+
+
 @pytest.mark.parametrize("stage", ["prepare", "finish"])
 def test_failures_around_the_step_count(stage: str) -> None:
     bed = Bed(Echo(EXAMPLE))

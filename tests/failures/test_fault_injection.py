@@ -25,6 +25,7 @@ from serving_kit import (
     observers,
     service,
     telemetry,
+    worker,
 )
 from serving_kit.errors import ServingError
 from serving_kit.failures import bisection, breaker, recovery
@@ -52,6 +53,7 @@ KIT = (  # whose lines raise
     scheduler,
     service,
     telemetry,
+    worker,
 )
 
 
@@ -177,7 +179,8 @@ def test_model_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(scout.passed) > 300
     raised, runs = 0, 0
     for place, times in scout.passed.items():
-        for visit in {1, times} if place[0] in (batching.__file__, engine.__file__) else {1}:
+        often = place[0] in (batching.__file__, worker.__file__, engine.__file__)
+        for visit in {1, times} if often else {1}:
             injector = Injector(place, visit)
             try:
                 run_batcher(injector)

@@ -71,8 +71,7 @@ class Driver:
             )
         )
 
-    def run(self, recovery: Recovery) -> Conclusions:
-        reply: Reply | None = None
+    def run(self, recovery: Recovery, reply: Reply | None = None) -> Conclusions:
         while True:
             try:
                 request = next(recovery) if reply is None else recovery.send(reply)
@@ -80,7 +79,7 @@ class Driver:
                 conclusions: Conclusions = stop.value
                 return conclusions
             self.requests.append(request)
-            reply = self._do(request)
+            reply = self.reply_to(request)
 
     @property
     def reruns(self) -> list[list[str]]:
@@ -90,7 +89,7 @@ class Driver:
     def canaries(self) -> int:
         return sum(isinstance(each, RunCanary) for each in self.requests)
 
-    def _do(self, request: Request) -> Reply:
+    def reply_to(self, request: Request) -> Reply:
         if isinstance(request, Settle):
             for value in values(request.items):
                 assert value not in self.settled
@@ -248,6 +247,9 @@ def test_skipped_rerun() -> None:
     second = recovery.send(Reply(2.0, skipped=True))
     assert isinstance(second, Rerun)
     assert not set(first.items) & set(second.items)
+    driver = Driver(lambda values: ValueError(), canary=None)
+    conclusions = driver.run(recovery, driver.reply_to(second))
+    assert conclusions.suspected, "what was skipped was not answered"
 
 
 # -- memory ------------------------------------------------------------------------------------------
@@ -268,6 +270,12 @@ def test_too_large_alone() -> None:
     assert not conclusions.too_large
     assert driver.settled["large"].alone
     assert driver.answered == ["v1"]
+
+
+def test_no_canary_after_an_answer() -> None:
+    driver = Driver(raise_for("large", error=MemoryError))
+    driver.recover([running("v1"), running("large")])
+    assert driver.canaries == 0
 
 
 @pytest.mark.parametrize("size", [1, 2])
