@@ -165,7 +165,7 @@ class Batcher:
             wanted_at = now if self._unanswered else wanted_at
             if self._handover.model is None or now > wanted_at + _UNWANTED_STEP_S:
                 return False
-            with contextlib.suppress(TimeoutError):  # it may end without a report
+            with contextlib.suppress(TimeoutError):  # it may end without reporting it
                 await asyncio.wait_for(ended.wait(), _LOOK_AGAIN_S)
         return True
 
@@ -237,7 +237,7 @@ class Batcher:
         """The worker has died: no job that it held gets another event."""
         try:
             self._receive(output)
-        finally:  # an observer may raise; the jobs must end all the same
+        finally:  # an observer may be what is broken; the clients still come first
             self._end_all(failed)
 
     def _end_all(self, error: ServingError) -> None:
@@ -249,7 +249,7 @@ class Batcher:
             item.payload.emit(Failed(error))
 
     def _deliver(self, output: Output) -> None:
-        """Hand the output of the engine to the loop thread. Called on the model thread."""
+        """Hand the output of the engine to the loop thread. On the model thread."""
         if output.events or output.records:
             self._supervisor.post(self._receive, output)
 

@@ -147,8 +147,8 @@ class ModelThread:
 
     Args:
         handover: Where the actions come from.
-        ended: Called at its end, on it, with itself and the exception that has ended it; None: it has ended
-            as it should.
+        ended: Called at its end, on it, with itself and the exception that has ended it; None: it has
+            ended as it should.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ WorkerFactory = Callable[[Handover, Callable[[Any, BaseException | None], None]]
 
 
 class Supervisor:
-    """Keeps one worker running until it is stopped. Loop thread.
+    """Keeps one worker running until it is told not to. Loop thread.
 
     Args:
         handover: What the worker drives.
@@ -257,11 +257,11 @@ class Supervisor:
             self._note_end(worker, error, _NO_THREAD_S)
 
     def _report_end(self, worker: Worker, cause: BaseException | None) -> None:
-        """Tell the loop thread that a worker has ended. Called on the worker."""
+        """Let the loop thread know that a worker has ended. On the worker."""
         self.post(self._note_end, worker, cause)
 
     def _note_end(self, worker: Worker, cause: BaseException | None, at_least_s: float = 0.0) -> None:
-        """A worker has ended. Unless it was asked to: end its jobs, and start another."""
+        """A worker has ended. Unless it was to end: end its jobs, and start another."""
         assert self._loop is not None
         assert self.ended is not None
         if worker is not self.worker or self._restart is not None:

@@ -160,7 +160,7 @@ def run_batcher(injector: Injector) -> None:
         armed, injector.armed = injector.armed, False
         assert values_of(await bench.ask("last")) == ["LAST"]
         injector.armed = armed
-        assert await bench.batcher.stop(5)
+        assert await bench.batcher.stop(PATIENCE_S)
         without_end = [item for item in bench.submitted if not item.payload.ended.done()]
         assert [item.input.value for item in without_end] in ([], ["gone"])
         for item in without_end:
@@ -180,7 +180,8 @@ def test_model_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     raised, runs = 0, 0
     for place, times in scout.passed.items():
         often = place[0] in (batching.__file__, worker.__file__, engine.__file__)
-        for visit in {1, times} if often else {1}:
+        # Not the last visit: on a busy machine there may be fewer of them.
+        for visit in {1, (times + 1) // 2} if often else {1}:
             injector = Injector(place, visit)
             try:
                 run_batcher(injector)
