@@ -30,7 +30,7 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_MS = 20_000  # for what should take a tenth of it
+TIMEOUT_MS = 20_000  # for what should take a tenth of it
 
 pytestmark = [
     pytest.mark.browser,
@@ -175,7 +175,7 @@ def chromium(forgive="$^", **more):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1280, "height": 1000}, **more)
-        page.set_default_timeout(PATIENCE_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         page.route("**/*", check)
         page.on("console", lambda message: message.type == "error" and logged.append(message.text))
         page.on("pageerror", lambda error: logged.append(str(error)))
