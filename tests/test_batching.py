@@ -254,14 +254,14 @@ def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving_kit.worker._NO_THREAD_S", 0.01)
     start, refusals = threading.Thread.start, 3
 
-    def stingy(thread: threading.Thread) -> None:
+    def refuse_some(thread: threading.Thread) -> None:
         nonlocal refusals
         if thread.name == "serving-kit-model" and refusals:
             refusals -= 1
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", stingy)
+    monkeypatch.setattr(threading.Thread, "start", refuse_some)
 
     async def test(bench: Bench) -> None:
         assert "is being started again" in bench.batcher.status().unavailable_reason

@@ -158,7 +158,7 @@ def answers(url):
 
 
 @contextmanager
-def chromium(forgive="$^", **more):
+def chromium(expected_log="$^", **more):
     """A page that may connect to this machine only, and must log no error to its console."""
     from playwright.sync_api import sync_playwright
 
@@ -187,7 +187,7 @@ def chromium(forgive="$^", **more):
         finally:
             browser.close()
     assert elsewhere == []
-    assert [line for line in logged if not re.search(forgive, line)] == []
+    assert [line for line in logged if not re.search(expected_log, line)] == []
 
 
 def read(panel, name):
@@ -339,7 +339,7 @@ def command(page, name, arguments="{}"):
 
 def test_run_all_and_no_kernel(lab):
     # JupyterLab itself logs an error about the widget that is gone with its kernel.
-    with chromium(forgive="widget model not found") as page:
+    with chromium(expected_log="widget model not found") as page:
         page.goto(f"{lab}/lab/tree/all.ipynb?reset")
         cell(page, 3).wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
@@ -542,7 +542,7 @@ def busy(serve):
 
 def test_page(busy):
     url = busy.url
-    with chromium(forgive="status of 401") as page:
+    with chromium(expected_log="status of 401") as page:
         page.goto(f"{url}/")
         panel = page.locator(".sk")
         assert until(page, lambda: panel.count() and read(panel, "ok") > 20)
