@@ -111,6 +111,7 @@ class SimulatedWorker:
     def __init__(self, play: Play, handover: Handover, ended: Callable[..., None]) -> None:
         self.play = play
         self.alive = False
+        self.cause: BaseException | None = None
         self._handover, self._ended = handover, ended
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
@@ -136,7 +137,8 @@ class SimulatedWorker:
         self.alive = False
         if self._timer is not None:
             self._timer.cancel()
-        self._ended(self, cause)
+        self.cause = cause
+        self._ended(self)
 
     def _look(self) -> None:
         if not self.alive or self._busy:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from serving_kit.failures.bisection import Bisection
 from serving_kit.failures.classify import Failure
-from serving_kit.items import Item, padded
+from serving_kit.items import Item, longest, padded
 from serving_kit.model import FailureKind
 
 
@@ -93,18 +93,26 @@ class Attributed(NamedTuple):
     items: Sequence[Item]
 
 
+class TooLarge(NamedTuple):
+    """Items that did not fit into memory together, as they were then."""
+
+    items: Sequence[Item]
+    longest: int  # tokens of the longest
+    padded_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Conclusions:
     """What a failure says beyond its own items.
 
     Attributes:
         attributed: To count against the model.
-        too_large: The least that did not fit into memory together, though each item does; empty: nothing.
+        too_large: The least that did not fit into memory together, though each item does; None: nothing.
         unreported: A failure that no client was told of.
     """
 
     attributed: Sequence[Attributed] = ()
-    too_large: Sequence[Item] = ()
+    too_large: TooLarge | None = None
     unreported: Failure | None = None
 
 
@@ -202,7 +210,7 @@ class _FailedStep:
         self.failed_items: set[Item] = set()
         self._retry = retry
         self._settled: set[Item] = set()  # answered or failed
-        self._did_not_fit: list[Sequence[Item]] = []
+        self._did_not_fit: list[TooLarge] = []
         self._part = range(len(items))  # that runs now
         self._note_memory(items)
         self._halving = retry and bool(self._did_not_fit) and len(items) > 1
@@ -258,18 +266,19 @@ class _FailedStep:
         """Those that are not settled and whose time is up."""
         return [item for item in self.items if item not in self._settled and item.deadline <= now]
 
-    def too_large(self) -> Sequence[Item]:
+    def too_large(self) -> TooLarge | None:
         """The least that did not fit into memory together, though each item does.
 
         Without a retry it is not known whether each does, and assumed.
         """
-        several = [part for part in self._did_not_fit if len(part) > 1]
-        together = [part for part in several if not self._retry or self.failed_items.isdisjoint(part)]
-        return min(together, key=padded, default=())
+        several = [part for part in self._did_not_fit if len(part.items) > 1]
+        together = [part for part in several if not self._retry or self.failed_items.isdisjoint(part.items)]
+        return min(together, key=lambda part: part.padded_tokens, default=None)
 
     def _wanted(self, items: Sequence[Item], now: float) -> list[Item]:
         return [item for item in items if item not in self._settled and item.is_wanted(now)]
 
     def _note_memory(self, items: Sequence[Item]) -> None:
         if self.failure.kind is FailureKind.MEMORY:
-            self._did_not_fit.append(items)
+            # Measured now: items that go on have the tokens of their next step later.
+            self._did_not_fit.append(TooLarge(items, longest(items), padded(items)))
