@@ -247,7 +247,7 @@ class Batcher:
             item.payload.emit(Failed(error))
 
     def _deliver(self, output: Output) -> None:
-        """Hand what the engine has to say to the loop thread. On the model thread."""
+        """Hand the output of the engine to the loop thread. On the model thread."""
         if output.events or output.records:
             self._supervisor.post(self._receive, output)
 

@@ -46,6 +46,7 @@ from serving_kit.events import Chunk, Done, Event, Failed
 from serving_kit.failures.breaker import Breaker, Gate
 from serving_kit.failures.classify import Failure, WorkerDied, client_error
 from serving_kit.failures.recovery import (
+    Attributed,
     Conclusions,
     Expire,
     FreeMemory,
@@ -56,7 +57,6 @@ from serving_kit.failures.recovery import (
     Rerun,
     RunCanary,
     Settle,
-    Suspected,
     attribute,
     recover,
 )
@@ -347,7 +347,7 @@ class Engine:
     def _conclude(self, conclusions: Conclusions, now: float) -> None:
         if conclusions.unreported is not None:
             self._client_error(conclusions.unreported, alone=True)
-        for each in conclusions.suspected:
+        for each in conclusions.attributed:
             self._record_failure(each, now)
         if (many := conclusions.too_large) is not None:
             self.scheduler.memory_limit.exceeded(many.longest, many.padded_tokens, now)
@@ -358,13 +358,13 @@ class Engine:
                     self._release(item)
             self._failed_step, self._continuing = None, []
 
-    def _record_failure(self, suspected: Suspected, now: float) -> None:
+    def _record_failure(self, attributed: Attributed, now: float) -> None:
         """Count a failure against the model; if it is not known to be broken, an inconclusive one."""
-        why = type(suspected.failure.error).__name__[:60]
-        if suspected.healthy is False:
+        why = type(attributed.failure.error).__name__[:60]
+        if attributed.healthy is False:
             opened = self.breaker.failed(now, why)
         else:
-            inputs = {item.fingerprint for item in suspected.items}
+            inputs = {item.fingerprint for item in attributed.items}
             opened = self.breaker.failed_inconclusively(now, why, inputs)
         if opened:
             self._breaker_moved(Gate.OPEN)

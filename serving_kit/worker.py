@@ -25,7 +25,7 @@ from serving_kit.records import FailureRecord
 from serving_kit.status import CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
-_LAST_MOMENT_S = 0.1  # for a thread that has reported its end
+_JOIN_S = 0.1  # for a thread that has reported its end
 _NO_THREAD_S = 1.0  # between tries to start a thread, while the system refuses one
 
 
@@ -220,7 +220,7 @@ class Supervisor:
     Args:
         handover: What the worker drives.
         make_worker: Makes a worker.
-        crashed: Called when one has died, with what its clients are told, and what the engine has to say.
+        crashed: Called when one has died, with the error for its clients and the output of the engine.
 
     Attributes:
         worker: The present one, or the last; None before `start`. Any thread may read it.
@@ -276,7 +276,7 @@ class Supervisor:
 
     def _spawn(self) -> None:
         if self._restart is not None and self.worker is not None:
-            self.worker.join(_LAST_MOMENT_S)
+            self.worker.join(_JOIN_S)
         self._restart = None
         self.worker = worker = self._make_worker(self._handover, self._report_end)
         try:

@@ -197,7 +197,7 @@ class State:
 
 
 class SimulatedModel:
-    """Answers its queries' numbers; its mood changes with the time."""
+    """Answers the numbers of its queries, unless `behaviour`, which changes with the time, says otherwise."""
 
     name, task_name, device, media = "simulated", "function", "cpu", False
     notes: tuple[str, ...] = ()
@@ -208,7 +208,7 @@ class SimulatedModel:
         self.play, self._dice = play, dice
         self.example = Input(Query(-1, 3), {}) if dice.random() < 0.6 else None
         self.a_s, self.b_s = dice.choice([1e-4, 0.01, 0.3]), dice.choice([0.0, 1e-5, 1e-3])
-        self.mood = "ok"
+        self.behaviour = "ok"
         self.fits = 10**9  # padded tokens
         self.held: set[int] = set()
 
@@ -239,16 +239,16 @@ class SimulatedModel:
         self.play.check(len(keys) == 1, "items of several keys share a step")
         held = {id(part.prepared) for part in parts} <= self.held
         self.play.check(held, "an item runs after it was released")
-        if self.mood == "hangs":
+        if self.behaviour == "hangs":
             took += self._dice.choice([1.0, 20.0, 100.0])
         self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
         if padded > self.fits or any(state.query.bad == "memory" for state in states):
             raise MemoryError
-        if self.mood == "raises" or any(state.query.bad == "step" for state in states):
+        if self.behaviour == "raises" or any(state.query.bad == "step" for state in states):
             raise RuntimeError("step")
-        if self.mood == "lost":
+        if self.behaviour == "lost":
             raise RuntimeError("CUDA error: device-side assert triggered")
-        if self.mood == "miscounts" and len(parts) > 1:
+        if self.behaviour == "miscounts" and len(parts) > 1:
             return []
         results: list[StepResult] = []
         for state in states:
@@ -326,7 +326,7 @@ class Play:
             for number in range(self.dice.choice([1, 5, 20, 60])):
                 group.create_task(self._client(number))
         for service, model in zip(self.services, self.models, strict=True):
-            model.mood, model.fits = "ok", 10**9
+            model.behaviour, model.fits = "ok", 10**9
             if service is self.services[-1]:
                 await self._check_idle(service)
         await self.services[-1].stop(60.0)
@@ -369,11 +369,13 @@ class Play:
         while self.loop.now < end:
             await asyncio.sleep(dice.expovariate(1.0))
             service, model = self.services[-1], self.models[-1]
-            what = dice.choice(["mood", "mood", "mood", "tune", "tune", "memory", "die", "replace"])
+            what = dice.choice(
+                ["behaviour", "behaviour", "behaviour", "tune", "tune", "memory", "die", "replace"]
+            )
             self._say(what)
-            if what == "mood":
-                moods = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.1)
-                model.mood = dice.choice(moods)
+            if what == "behaviour":
+                behaviours = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.1)
+                model.behaviour = dice.choice(behaviours)
             elif what == "memory":
                 model.fits = dice.choice([10, 100, 10**9])
             elif what == "tune":
