@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 from tests.simulator import Broken, SimulatedModel, play, play_in_processes, play_many
@@ -19,6 +22,14 @@ def test_seeds() -> None:
 def play_all(seeds: range) -> None:
     for seed in seeds:
         play(seed)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The simulator silences the log of its process."""
+    level = logging.getLogger("serving_kit").level
+    yield
+    logging.getLogger("serving_kit").setLevel(level)
 
 
 @pytest.mark.light

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import http.client
 import json
+import mmap
 import os
 import socket
 import threading
@@ -563,7 +564,9 @@ class Heavy(Model):
 
     def __init__(self, name: str = "heavy", megabytes: int = 4) -> None:
         super().__init__(name)
-        self.weights = bytearray(os.urandom(2**20) * megabytes)
+        # Pages of its own: the heap may have as much to spare from earlier tests.
+        self.weights = mmap.mmap(-1, megabytes * 2**20)
+        self.weights.write(os.urandom(2**20) * megabytes)
 
 
 def held() -> tuple[int, int]:
