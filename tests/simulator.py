@@ -210,8 +210,8 @@ class Play:
         finally:
             asyncio.set_event_loop(None)
             self.loop.close()
-        if self.broken:
-            raise Broken(self.broken[0])
+            if self.broken:  # all else may follow from it
+                raise Broken(self.broken[0])
         if errors:
             raise Broken(f"an exception was not handled: {errors[0]}") from errors[0].get("exception")
 
@@ -270,7 +270,7 @@ class Play:
             what = dice.choice(["mood", "mood", "mood", "tune", "tune", "memory", "die", "replace"])
             self._say(what)
             if what == "mood":
-                moods = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.1)
+                moods = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.3)
                 model.mood = dice.choice(moods)
             elif what == "memory":
                 model.fits = dice.choice([10, 100, 10**9])
