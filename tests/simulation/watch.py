@@ -103,6 +103,7 @@ class Watch:
         self._streak = 0  # batches in a row without an answer after which the canary failed
         self._shut_until = -math.inf
         self._too_much: tuple[Sequence[Item], int, int] | None = None  # did not fit; may be learned
+        self._passed: set[Item] = set()  # of these: ran in a smaller step
         self._learned: dict[int, tuple[int, float]] = {}  # padded tokens that did not fit, by class of length
 
     def attach(self, handover: Handover, worker: SimulatedWorker) -> None:
@@ -276,8 +277,6 @@ class Watch:
     def _check_failed(self, item: Item, error: ServingError) -> None:
         if error.outcome is Outcome.FAILED or error.outcome is Outcome.TOO_LARGE:
             self.check(id(error) in self._errors, "a client is told of a failure that was not recorded")
-        if self._too_much is not None and item in self._too_much[0] and self.retry:
-            self._too_much = None
         if item.input.value.bad or error.outcome not in _OF_THE_MODEL:
             return
         engine = self.engine
@@ -312,8 +311,9 @@ class Watch:
     def _check_size(self, step: Step, now: float) -> None:
         items, settings, scheduler = step.items, self.settings, self.engine.scheduler
         if self._too_much is not None:
-            _, length, tokens = self._too_much
-            self._learned[length.bit_length()] = tokens, now
+            together, length, tokens = self._too_much
+            if not self.retry or self._passed.issuperset(together):
+                self._learned[length.bit_length()] = tokens, now
             self._too_much = None
         if len(items) == 1:
             return
@@ -371,6 +371,9 @@ class Watch:
             self._excused.update(items)
         else:
             self._excused.difference_update(items)
+        if step.reason is BatchReason.RETRY:
+            pairs = zip(items, executed.results, strict=False)  # there are none if it raised
+            self._passed.update(item for item, result in pairs if isinstance(result, Answered | More))
         failure = executed.failure
         self._lost |= failure is not None and failure.kind is FailureKind.DEVICE
         if failure is None or step.reason is BatchReason.RETRY:
@@ -379,7 +382,7 @@ class Watch:
         self._raised, fits = step, self.model.fits
         each_fits = all(item.tokens <= fits and item.input.value.bad != "memory" for item in items)
         if cause is Cause.MEMORY and len(items) > 1 and each_fits:
-            self._too_much = items, longest(items), padded(items)
+            self._too_much, self._passed = (items, longest(items), padded(items)), set()
 
     def _canary_failed(self, now: float) -> None:
         if self._batch is not None:
