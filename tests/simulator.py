@@ -1,11 +1,13 @@
 """Plays one service from one seed: the real service, engine, scheduler and recovery under virtual time.
 
     python -m tests.simulator 4711            one seed, with what happened
-    python -m tests.simulator 0 1000000 -j 2  many
+    python -m tests.simulator 0 1000000       many
 
 Only the model and the clock are simulated. The model answers, raises, hangs, runs out of memory and comes
 back; its thread dies now and then; clients leave, settings change, the service is drained and replaced. The
 invariants are checked at every step and every record; a seed that breaks one is named, to be run again.
+
+Not here: virtual time and the worker (`simulation/virtual.py`), what is checked (`simulation/watch.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import contextlib
 import logging
 import multiprocessing
 import random
-import selectors
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving_kit.actions import Action, Exit, Sleep, Step
 from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk
 from serving_kit.failures import classify
-from serving_kit.items import Item, ItemState
 from serving_kit.model import (
     Done,
     FailureKind,
@@ -40,139 +39,15 @@ from serving_kit.model import (
     Work,
 )
 from serving_kit.model import Failed as PartFailed
-from serving_kit.records import BatchReason, BatchRecord, Outcome, Record, RequestRecord
+from serving_kit.records import Outcome
 from serving_kit.service import Service
 from serving_kit.settings import Settings
 from serving_kit.worker import Handover
+from tests.simulation.virtual import Broken, Clock, SimulatedWorker, VirtualLoop
+from tests.simulation.watch import Cause, Watch
 
 SECONDS = 30.0  # of virtual time in which clients arrive
 LONGEST_S = 3000.0  # until everything must have ended
-
-
-class Broken(AssertionError):
-    """An invariant does not hold."""
-
-
-# -- virtual time ----------------------------------------------------------------------------------
-
-
-class _Selector(selectors.SelectSelector):
-    """Advances the loop's time instead of sleeping."""
-
-    loop: VirtualLoop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise Broken("everything waits, and nothing will wake it")
-        self.loop.now += max(timeout, 0.0)
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only when all its tasks wait."""
-
-    def __init__(self) -> None:
-        selector = _Selector()
-        selector.loop = self
-        self.now = 1000.0
-        super().__init__(selector)
-
-    def time(self) -> float:
-        return self.now
-
-    def _write_to_self(self) -> None:
-        """There is no other thread to wake it from."""
-
-
-@dataclass
-class Clock:
-    """The loop's time, and how far a model call that runs now has got beyond it."""
-
-    loop: VirtualLoop
-    ahead_s: float = 0.0
-
-    def __call__(self) -> float:
-        return self.loop.now + self.ahead_s
-
-
-class _Wake(contextlib.AbstractContextManager[None]):
-    """Stands in for the handover's condition: one thread, so nothing to lock."""
-
-    def __init__(self, notify: Callable[[], None]) -> None:
-        self.notify = notify
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-
-class SimulatedWorker:
-    """Performs actions in virtual time: the result is there once the model call would have ended."""
-
-    def __init__(self, play: Play, handover: Handover, ended: Callable[..., None]) -> None:
-        self.play = play
-        self.alive = False
-        self.cause: BaseException | None = None
-        self._handover, self._ended = handover, ended
-        self._timer: asyncio.TimerHandle | None = None
-        self._busy = False
-        handover.lock = _Wake(self._notified)  # type: ignore[assignment]
-
-    def start(self) -> None:
-        self.alive = True
-        self._notified()
-
-    def join(self, timeout_s: float) -> None:
-        """It has nothing left to do."""
-
-    def die(self) -> None:
-        """As if the kit's own code had raised on it."""
-        if self.alive:
-            self._end(RuntimeError("killed"))
-
-    def _notified(self) -> None:
-        if self.alive and not self._busy:
-            self.play.loop.call_soon(self._look)
-
-    def _end(self, cause: BaseException | None) -> None:
-        self.alive = False
-        if self._timer is not None:
-            self._timer.cancel()
-        self.cause = cause
-        self._ended(self)
-
-    def _look(self) -> None:
-        if not self.alive or self._busy:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        action = self._handover.look()
-        if isinstance(action, Exit):
-            self._end(None)
-        elif isinstance(action, Sleep):
-            if action.until is not None:
-                self._timer = self.play.loop.call_at(max(action.until, self.play.loop.now + 1e-6), self._look)
-        else:
-            self._perform(action)
-
-    def _perform(self, action: Action) -> None:
-        if isinstance(action, Step):
-            self.play.check_step(action, id(self._handover))
-        self._busy = True
-        clock = self.play.clock
-        try:
-            result = self._handover.perform(action)
-        except ServingError as error:  # the model was released
-            self._busy = False
-            self._end(error)
-            return
-        took_s, clock.ahead_s = clock.ahead_s, 0.0
-        self.play.loop.call_later(took_s, self._complete, action, result)
-
-    def _complete(self, action: Action, result: object) -> None:
-        self._busy = False
-        if self.alive:
-            self._handover.complete(action, result)
-            self._look()
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -194,22 +69,24 @@ class State:
 
     query: Query
     steps_done: int = 0
+    tried: int = -1  # the `steps_done` of its last step
 
 
 class SimulatedModel:
-    """Answers the numbers of its queries, unless `behaviour`, which changes with the time, says otherwise."""
+    """Answers its queries' numbers; its mood changes with the time."""
 
     name, task_name, device, media = "simulated", "function", "cpu", False
     notes: tuple[str, ...] = ()
     timings: tuple[tuple[int, float], ...] = ()
     limits = Limits()
 
-    def __init__(self, play: Play, dice: random.Random) -> None:
-        self.play, self._dice = play, dice
+    def __init__(self, play: Play, dice: random.Random, retry: bool) -> None:
+        self.play, self._dice, self._retry = play, dice, retry
         self.example = Input(Query(-1, 3), {}) if dice.random() < 0.6 else None
         self.a_s, self.b_s = dice.choice([1e-4, 0.01, 0.3]), dice.choice([0.0, 1e-5, 1e-3])
-        self.behaviour = "ok"
-        self.fits = 10**9  # padded tokens
+        self.mood = "ok"
+        self.fits = self.least_fits = 10**9  # padded tokens
+        self.cause = Cause.NONE  # of the last step
         self.held: set[int] = set()
 
     def estimate(self, value: Query) -> Work:
@@ -239,17 +116,22 @@ class SimulatedModel:
         self.play.check(len(keys) == 1, "items of several keys share a step")
         held = {id(part.prepared) for part in parts} <= self.held
         self.play.check(held, "an item runs after it was released")
-        if self.behaviour == "hangs":
+        for state in states:
+            again = state.tried == state.steps_done
+            self.play.check(self._retry or not again, "an input runs again without retry")
+            state.tried = state.steps_done
+        if self.mood == "hangs":
             took += self._dice.choice([1.0, 20.0, 100.0])
         self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
+        self.cause = cause = self._why_not(states, padded)
         if padded > self.fits or any(state.query.bad == "memory" for state in states):
             raise MemoryError
-        if self.behaviour == "raises" or any(state.query.bad == "step" for state in states):
-            raise RuntimeError("step")
-        if self.behaviour == "lost":
+        if self.mood == "lost":
             raise RuntimeError("CUDA error: device-side assert triggered")
-        if self.behaviour == "miscounts" and len(parts) > 1:
+        if self.mood == "miscounts" and cause is Cause.MOOD:
             return []
+        if cause is not Cause.NONE:
+            raise RuntimeError("step")
         results: list[StepResult] = []
         for state in states:
             if state.query.bad == "part":
@@ -261,6 +143,13 @@ class SimulatedModel:
         for state in states:
             state.steps_done += 1
         return results
+
+    def _why_not(self, states: Sequence[State], padded: int) -> Cause:
+        if padded > self.fits:
+            return Cause.MEMORY
+        if self.mood in ("raises", "lost") or (self.mood == "miscounts" and len(states) > 1):
+            return Cause.MOOD
+        return Cause.QUERY if any(state.query.bad in ("memory", "step") for state in states) else Cause.NONE
 
     def finish(self, prepared: Prepared[State], output: int) -> int:
         if prepared.payload.query.bad == "finish":
@@ -288,19 +177,26 @@ class Play:
     verbose: bool = False
     loop: VirtualLoop = field(default_factory=VirtualLoop)
     sent: int = 0
-    seen: Counter[Outcome] = field(default_factory=Counter)  # by the clients
-    told: Counter[Outcome] = field(default_factory=Counter)  # by the records
     keep: list[object] = field(default_factory=list)  # so that no two have the same id
     services: list[Service] = field(default_factory=list)
     models: list[SimulatedModel] = field(default_factory=list)
     workers: list[SimulatedWorker] = field(default_factory=list)
-    batches: int = 0
+    watches: list[Watch] = field(default_factory=list)  # one for each service
     broken: list[str] = field(default_factory=list)
-    starts: dict[int, list[tuple[float, Sequence[Item]]]] = field(default_factory=dict)  # by handover
 
     def __post_init__(self) -> None:
         self.dice = random.Random(self.seed)
         self.clock = Clock(self.loop)
+
+    @property
+    def seen(self) -> Counter[Outcome]:
+        """How the requests have ended, as their clients saw it."""
+        return sum((watch.seen for watch in self.watches), Counter())
+
+    @property
+    def batches(self) -> int:
+        """Steps that the records tell of."""
+        return sum(watch.observed.total() for watch in self.watches)
 
     def run(self) -> None:
         """Play it to the end. Raises `Broken`."""
@@ -314,8 +210,8 @@ class Play:
         finally:
             asyncio.set_event_loop(None)
             self.loop.close()
-        if self.broken:
-            raise Broken(self.broken[0])
+            if self.broken:  # all else may follow from it
+                raise Broken(self.broken[0])
         if errors:
             raise Broken(f"an exception was not handled: {errors[0]}") from errors[0].get("exception")
 
@@ -326,31 +222,33 @@ class Play:
             for number in range(self.dice.choice([1, 5, 20, 60])):
                 group.create_task(self._client(number))
         for service, model in zip(self.services, self.models, strict=True):
-            model.behaviour, model.fits = "ok", 10**9
+            model.mood, model.fits = "ok", 10**9
             if service is self.services[-1]:
-                await self._check_idle(service)
+                await self._check_idle()
         await self.services[-1].stop(60.0)
         await asyncio.sleep(200.0)  # for what hangs
         self.check_end()
 
     async def _replace(self) -> None:
-        model = SimulatedModel(self, self.dice)
-        service = Service(
-            model,
-            self._settings(),
-            retry=self.dice.random() < 0.9,
-            clock=self.clock,
-            make_worker=self._make_worker,
+        retry = self.dice.random() < 0.9
+        model = SimulatedModel(self, self.dice, retry)
+        watch = Watch(self.loop, self.check, model, retry)
+
+        def make_worker(handover: Handover, ended: Callable[..., None]) -> SimulatedWorker:
+            worker = SimulatedWorker(self.loop, self.clock, self.dice, handover, ended, watch.forget)
+            self.workers.append(worker)
+            watch.attach(handover, worker)
+            return worker
+
+        service = watch.service = Service(
+            model, self._settings(), retry=retry, clock=self.clock, make_worker=make_worker
         )
-        service.telemetry.request_observers.add(self._observe)
-        service.telemetry.step_observers.add(self._observe)
+        service.telemetry.request_observers.add(watch.observe)
+        service.telemetry.step_observers.add(watch.observe)
         await service.start()
         self.models.append(model)
         self.services.append(service)
-
-    def _make_worker(self, handover: Handover, ended: Callable[..., None]) -> SimulatedWorker:
-        self.workers.append(SimulatedWorker(self, handover, ended))
-        return self.workers[-1]
+        self.watches.append(watch)
 
     def _settings(self) -> Settings:
         dice = self.dice
@@ -369,15 +267,14 @@ class Play:
         while self.loop.now < end:
             await asyncio.sleep(dice.expovariate(1.0))
             service, model = self.services[-1], self.models[-1]
-            what = dice.choice(
-                ["behaviour", "behaviour", "behaviour", "tune", "tune", "memory", "die", "replace"]
-            )
+            what = dice.choice(["mood", "mood", "mood", "tune", "tune", "memory", "die", "replace"])
             self._say(what)
-            if what == "behaviour":
-                behaviours = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.1)
-                model.behaviour = dice.choice(behaviours)
+            if what == "mood":
+                moods = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.3)
+                model.mood = dice.choice(moods)
             elif what == "memory":
                 model.fits = dice.choice([10, 100, 10**9])
+                model.least_fits = min(model.least_fits, model.fits)
             elif what == "tune":
                 service.tune(**self._settings().to_dict())
             elif what == "die" and dice.random() < 0.3:
@@ -406,7 +303,7 @@ class Play:
                 await asyncio.sleep(dice.expovariate(10.0))
 
     async def _ask(self, number: int) -> None:
-        dice, service = self.dice, self.services[-1]
+        dice, service, watch = self.dice, self.services[-1], self.watches[-1]
         queries = [self._query(number + index) for index in range(dice.choice([1, 1, 1, 2, 5]))]
         parameters = {"key": dice.choice([0, 0, 0, 1])}
         self.sent += 1
@@ -428,7 +325,7 @@ class Play:
             outcome = Outcome.CANCELLED
             raise
         finally:
-            self.seen[outcome] += 1
+            watch.seen[outcome] += 1
 
     async def _stream(self, service: Service, query: Query, parameters: Any, ticket: Any) -> None:
         given, leaves_after = 0, self.dice.choice([None, None, 0, 1, 2])
@@ -458,53 +355,21 @@ class Play:
             self.broken.append(what)  # what the kit catches counts, too
             raise Broken(what)
 
-    def check_step(self, step: Step, queue: int) -> None:
-        """Nothing starts late, nothing runs that has ended."""
-        now = self.loop.now
-        settings = self.services[-1].settings
-        for item in step.items:
-            self.check(item.deadline > now, "an item starts after its deadline")
-            self.check(item.state is ItemState.RUNNING, "an item runs that has ended")
-        self.check(len(set(map(id, step.items))) == len(step.items), "an item is twice in a step")
-        if step.reason is not BatchReason.RETRY and len(self.services) == 1:
-            self.check(len(step.items) <= settings.max_batch_size, "more items than max_batch_size")
-        if step.reason not in (BatchReason.RETRY, BatchReason.CONTINUED):
-            self.starts.setdefault(queue, []).append((now, step.items))
-
-    def check_order(self, starts: Sequence[tuple[float, Sequence[Item]]]) -> None:
-        """Every new batch holds the oldest of the items that were waiting then and have run."""
-        oldest_later = float("inf")
-        for now, items in reversed(starts):
-            oldest = min(item.arrived for item in items)
-            self.check(oldest <= oldest_later or oldest_later > now, "the oldest item had to wait")
-            oldest_later = min(oldest_later, oldest)
-
-    def _observe(self, record: Record) -> None:
-        if isinstance(record, RequestRecord):
-            self.told[record.outcome] += 1
-        elif isinstance(record, BatchRecord):
-            self.batches += 1
-        load = self.services[-1].batcher.load()
-        self.check(0 <= load.queue_depth <= load.in_flight, "counts do not add up")
-
-    async def _check_idle(self, service: Service) -> None:
+    async def _check_idle(self) -> None:
         """Without requests nothing is left, and nothing wakes up."""
+        batcher = self.services[-1].batcher
         await asyncio.sleep(200.0)
-        load = service.batcher.load()
-        self.check(load.in_flight == 0, f"{load.in_flight} items are left though all requests have ended")
-        self.check(not self.models[-1].held, "the model still holds items that have ended")
-        before = service.batcher.wakeups
+        self.watches[-1].check_idle()
+        before = batcher.wakeups
         await asyncio.sleep(100.0)
-        self.check(service.batcher.wakeups == before, "an idle server wakes up")
+        self.check(batcher.wakeups == before, "an idle server wakes up")
 
     def check_end(self) -> None:
         """One outcome each, and everything was given back."""
-        self.check(self.told.total() == self.sent, f"{self.told.total()} records of {self.sent} requests")
-        self.check(self.told == self.seen, f"the records say {self.told}, the clients {self.seen}")
-        for service in self.services:
-            self.check(service.batcher.load().in_flight == 0, "items are left after the stop")
-        for starts in self.starts.values():
-            self.check_order(starts)
+        told = sum(watch.told.total() for watch in self.watches)
+        self.check(told == self.sent, f"{told} records of {self.sent} requests")
+        for watch in self.watches:
+            watch.check_end()
 
     def _say(self, text: str) -> None:
         if self.verbose:

@@ -16,6 +16,7 @@ import serving_kit
 from serving_kit import ServeSpec, SettingError, Settings, StartError
 from serving_kit.settings import KNOBS, Knobs
 from serving_kit.spec import LiveModel
+from serving_kit.values import UNSET
 from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.light
@@ -128,7 +129,8 @@ def test_serve_shows_every_knob_with_its_default() -> None:
 @pytest.mark.parametrize("function", [serving_kit.Server.tune, serving_kit.create_app])
 def test_knobs_that_stay_as_they_are_show_no_default(function: Any) -> None:
     types = typing.get_type_hints(Settings)
-    assert knobs_of(function) == [(name, types[name], ...) for name in KNOBS]
+    assert knobs_of(function) == [(name, types[name], UNSET) for name in KNOBS]
+    assert "max_batch_size: int = ..." in str(inspect.signature(function))
 
 
 @pytest.mark.parametrize("function", [serving_kit.serve, serving_kit.create_app])
