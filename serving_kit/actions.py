@@ -37,14 +37,14 @@ class Canary(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Give back the memory that a failed step holds. Result: None."""
+    """Give back the memory that a failed step holds. Result: the `Failure`s of that."""
 
     failure: Failure
     thorough: bool
 
 
 class Release(NamedTuple):
-    """Release what these items hold in the model. Result: None."""
+    """Release what these items hold in the model. Result: the `Failure`s of that."""
 
     prepared: Sequence[AnyPrepared]
 
@@ -79,3 +79,4 @@ class Executed:
     ended: float
     results: Sequence[ItemResult] = ()  # one for each item
     failure: Failure | None = None  # the step has raised instead
+    unreleased: Sequence[Failure] = ()  # of `Model.release`, which no client is told of

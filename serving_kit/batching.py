@@ -98,7 +98,7 @@ class Batcher:
         """
         loop, model = self._loop, self._handover.model
         assert loop is not None, "submit() before start(). This is a bug."
-        if model is None or self._engine.scheduler.draining:
+        if model is None or self._handover.released or self._engine.scheduler.draining:
             raise Stopping
         self._supervisor.check()
         most = self._engine.scheduler.settings.max_queue_size
@@ -163,7 +163,7 @@ class Batcher:
         while worker.alive and not ended.is_set():
             now = loop.time()
             wanted_at = now if self._unanswered else wanted_at
-            if self._handover.model is None or now > wanted_at + _UNWANTED_STEP_S:
+            if self._handover.released or now > wanted_at + _UNWANTED_STEP_S:
                 return False
             with contextlib.suppress(TimeoutError):  # it may end without reporting it
                 await asyncio.wait_for(ended.wait(), _LOOK_AGAIN_S)
@@ -189,11 +189,9 @@ class Batcher:
         A model call that is still stuck keeps the model until it ends.
         """
         self._supervisor.stopping = True
-        self._handover.model = None
-        with self._handover.lock:
-            self._engine.stop()
-            self._engine.evict()
-            self._handover.lock.notify()
+        self._handover.release()
+        if not self._supervisor.alive:
+            self._handover.model = None
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the model thread's end, after `release`. Returns whether it has ended."""
@@ -249,7 +247,7 @@ class Batcher:
             item.payload.emit(Failed(error))
 
     def _deliver(self, output: Output) -> None:
-        """Hand what the engine has to say to the loop thread. On the model thread."""
+        """Hand the output of the engine to the loop thread. On the model thread."""
         if output.events or output.records:
             self._supervisor.post(self._receive, output)
 

@@ -18,7 +18,6 @@ means (`failures/`).
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,11 +33,20 @@ from serving_kit.actions import (
     Sleep,
     Step,
 )
-from serving_kit.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Stopping, Unavailable
+from serving_kit.errors import (
+    DeadlineExceeded,
+    ModelFailed,
+    Overloaded,
+    ServingError,
+    Stopping,
+    Unavailable,
+    error_text,
+)
 from serving_kit.events import Chunk, Done, Event, Failed
 from serving_kit.failures.breaker import Breaker, Gate
 from serving_kit.failures.classify import Failure, WorkerDied, client_error
 from serving_kit.failures.recovery import (
+    Attributed,
     Conclusions,
     Expire,
     FreeMemory,
@@ -49,11 +57,10 @@ from serving_kit.failures.recovery import (
     Rerun,
     RunCanary,
     Settle,
-    Suspected,
     attribute,
     recover,
 )
-from serving_kit.items import Drop, Item, ItemState, longest, padded
+from serving_kit.items import Drop, Item, ItemState, padded
 from serving_kit.model import AnyPrepared, FailureKind, Input, More
 from serving_kit.records import (
     BatchReason,
@@ -68,9 +75,6 @@ from serving_kit.scheduling.scheduler import Scheduler
 
 _DEVICE_LOST = "the device is in an error state that only a new process clears: restart the kernel"
 _TIDY_S = 10.0  # between thorough searches for memory: each stops all threads for a moment
-_repr = reprlib.Repr()  # bounded, and raises nothing
-_repr.maxlist = _repr.maxtuple = _repr.maxdict = 100
-_repr.maxstring = _repr.maxother = 1000
 
 
 class Output(NamedTuple):
@@ -133,16 +137,16 @@ class Engine:
 
     def evict(self) -> None:
         """End everything without an event: its owner answers."""
+        self._recovery = self._request = self._failed_step = None
+        self._continuing = []
         for item in self.scheduler.evict():
             self._release(item)
 
-    def crashed(self, cause: BaseException | None, now: float) -> ServingError:
+    def crashed(self, cause: BaseException, now: float) -> ServingError:
         """The thread that performs the actions has died. Returns what all its clients are told."""
         died = WorkerDied("the model thread has died")
         died.__cause__ = cause
-        failed = ModelFailed("the server failed on this request", detail=f"{died}: {cause!r}")
-        self._recovery = self._request = self._failed_step = None
-        self._continuing = []
+        failed = ModelFailed("the server failed on this request", detail=f"{died}: {error_text(cause)}")
         self._errors.clear()
         self._records.append(FailureRecord(failed, died, FailureKind.CRASH))
         if self.breaker.failed(now, "a crash of its thread"):
@@ -175,12 +179,12 @@ class Engine:
         if self._to_release:
             return self._release_now()
         if self.breaker.refuses_admitted(now):
-            self._end(self.scheduler.evict(), self._unavailable(now))
+            self._end(self.scheduler.evict(), self._unavailable(now), now)
         if fresh := self.scheduler.unprepared():
             return Prepare(fresh)
         decision = self.scheduler.poll(now)
         for item, drop in decision.dropped:
-            self._end([item], _dropped(drop, decision.retry_after_s))
+            self._end([item], _dropped(drop, decision.retry_after_s), now)
         if (batch := decision.batch) is not None:
             expected_s = self.scheduler.cost.high(batch.padded_tokens)
             return Step(batch.items, batch.reason, batch.left_waiting, expected_s)
@@ -206,8 +210,11 @@ class Engine:
             self._prepared(action.items, result, now)
         elif isinstance(action, Canary):
             self._resume(Reply(now, healthy=result is True), now)
-        elif isinstance(action, Free):
-            self._resume(Reply(now), now)
+        elif isinstance(action, Free | Release):
+            assert isinstance(result, list)
+            self._report(result)
+            if isinstance(action, Free):
+                self._resume(Reply(now), now)
         if self._recovery is None:
             self._errors.clear()
 
@@ -235,8 +242,14 @@ class Engine:
         if failures:
             self._begin(attribute(failures, self._canary is not None), now)
 
+    def _report(self, failures: Sequence[Failure]) -> None:
+        """Let the owner know of failures that no client is told of."""
+        for failure in failures:
+            self._client_error(failure, alone=True)
+
     def _step_completed(self, step: Step, executed: Executed, now: float) -> None:
         self._records.append(_batch_record(step, executed))
+        self._report(executed.unreleased)
         retried, failure = step.reason is BatchReason.RETRY, executed.failure
         if failure is not None:
             self._resume(Reply(now, failure), now) if retried else self._recover(step, failure, now)
@@ -246,8 +259,9 @@ class Engine:
             self._continuing += continuing
             self._resume(Reply(now, isolated=isolated), now)
             return
+        ok = any(isinstance(result, Answered) for result in executed.results)
         released = self.scheduler.finished(
-            executed.ended, ok=True, started=executed.started, continuing=continuing
+            executed.ended, ok=ok, started=executed.started, continuing=continuing
         )
         self._release_ended(continuing)
         if released:
@@ -309,7 +323,7 @@ class Engine:
             if isinstance(request, Settle):
                 self._settle(request.items, request.failure, alone=request.alone, now=now)
             elif isinstance(request, Expire):
-                self._end(request.items, _dropped(Drop.EXPIRED, None))
+                self._end(request.items, _dropped(Drop.EXPIRED, None), now)
             else:
                 self._request = request
                 return
@@ -333,10 +347,10 @@ class Engine:
     def _conclude(self, conclusions: Conclusions, now: float) -> None:
         if conclusions.unreported is not None:
             self._client_error(conclusions.unreported, alone=True)
-        for each in conclusions.suspected:
+        for each in conclusions.attributed:
             self._record_failure(each, now)
-        if many := conclusions.too_large:
-            self.scheduler.memory_limit.exceeded(longest(many), padded(many), now)
+        if (many := conclusions.too_large) is not None:
+            self.scheduler.memory_limit.exceeded(many.longest, many.padded_tokens, now)
         if self._failed_step is not None:
             self.scheduler.finished(now, ok=False, continuing=self._continuing)
             for item in self._failed_step.items:
@@ -344,13 +358,13 @@ class Engine:
                     self._release(item)
             self._failed_step, self._continuing = None, []
 
-    def _record_failure(self, suspected: Suspected, now: float) -> None:
+    def _record_failure(self, attributed: Attributed, now: float) -> None:
         """Count a failure against the model; if it is not known to be broken, an inconclusive one."""
-        why = type(suspected.failure.error).__name__[:60]
-        if suspected.healthy is False:
+        why = type(attributed.failure.error).__name__[:60]
+        if attributed.healthy is False:
             opened = self.breaker.failed(now, why)
         else:
-            inputs = {_fingerprint(item.input) for item in suspected.items}
+            inputs = {item.fingerprint for item in attributed.items}
             opened = self.breaker.failed_inconclusively(now, why, inputs)
         if opened:
             self._breaker_moved(Gate.OPEN)
@@ -363,10 +377,10 @@ class Engine:
         for item in items:
             self._events.append((item, Failed(error, *item.waited_s(now))))
 
-    def _end(self, items: Sequence[Item], error: ServingError) -> None:
+    def _end(self, items: Sequence[Item], error: ServingError, now: float) -> None:
         """End items that the model has not answered."""
         for item in items:
-            self._events.append((item, Failed(error)))
+            self._events.append((item, Failed(error, *item.waited_s(now))))
             self._release(item)
 
     def _client_error(self, failure: Failure, *, alone: bool) -> ServingError:
@@ -440,12 +454,3 @@ def _batch_record(step: Step, executed: Executed) -> BatchRecord:
         wasted=sum(item.cancelled or item.deadline < executed.ended for item in items),
         ok=executed.failure is None,
     )
-
-
-def _fingerprint(given: Input) -> int:
-    """A number that is equal for equal inputs. Long arrays that differ may share one."""
-    try:
-        value = hash(given.value)
-    except Exception:  # a list, or an object whose own `__hash__` raises
-        value = hash(_repr.repr(given.value))
-    return hash((value, _repr.repr(given.parameters)))

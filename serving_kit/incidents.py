@@ -37,12 +37,16 @@ class IncidentLog:
             error: What was raised.
         """
         incident = make_incident(error, failed.outcome)
+        self.add(failed, incident)
+        return incident
+
+    def add(self, failed: ServingError, incident: Incident) -> None:
+        """Keep an incident; its id is written to `failed.incident`."""
         failed.incident = incident.id
         with self._lock:
             self._incidents[incident.id] = incident
             if len(self._incidents) > _KEPT_INCIDENTS:
                 del self._incidents[next(iter(self._incidents))]
-        return incident
 
     def add_request(self, record: RequestRecord) -> None:
         """Add the id of a request to the incident that ended it."""

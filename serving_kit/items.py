@@ -39,6 +39,7 @@ class Item:
     started: float | None = None  # when its first step was chosen
     cancelled: bool = False  # its client has left while it was running
     estimate: int = 0  # what `tokens` was when it was offered
+    fingerprint: int = 0  # of its input, once it has failed; equal for equal inputs
     priced: bool = False  # admitted because the learned cost said that there is time for it
 
     def waited_s(self, ended: float) -> tuple[float | None, float | None]:

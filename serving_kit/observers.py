@@ -11,6 +11,7 @@ Not here: the records (`records.py`), who observes them (`telemetry.py`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -32,14 +33,17 @@ class Observers(Generic[R]):
         self._first = first
         self._all = first  # replaced and never changed, so that it can be read without a lock
         self._on_failure = on_failure
+        self._lock = threading.Lock()
 
     def add(self, observer: Callable[[R], None]) -> None:
         """Call `observer` with every later record."""
-        self._all = (*self._all, observer)
+        with self._lock:
+            self._all = (*self._all, observer)
 
     def remove(self, observer: Callable[[R], None]) -> None:
         """Call `observer` no more; without effect if it was not added, or is one of the first ones."""
-        self._all = tuple(each for each in self._all if each != observer or each in self._first)
+        with self._lock:
+            self._all = tuple(each for each in self._all if each != observer or each in self._first)
 
     def __call__(self, record: R) -> None:
         """Emit a record."""

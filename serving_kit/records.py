@@ -94,6 +94,7 @@ class FailureRecord(NamedTuple):
     error: ServingError  # what the clients are told; observers may set its `incident`
     cause: BaseException
     kind: FailureKind
+    incident: Incident | None = None  # made on the thread on which it happened; None: not yet
 
 
 class BreakerRecord(NamedTuple):

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 from serving_kit.circular_waits import refuse_circle, waiting_for
-from serving_kit.errors import ServingError, Stopping
+from serving_kit.errors import MalformedRequest, ServingError, Stopping
 from serving_kit.inline_server import InlineServer, ServerGone
 from serving_kit.metrics import HISTORY_S
 from serving_kit.notebook import process_settings
@@ -303,6 +303,8 @@ async def _ask(service: Service, inputs: object, parameters: Mapping[str, object
     """One request of this process. On the loop thread."""
     parameters = {name: as_python(value) for name, value in parameters.items()}
     with service.observe() as ticket:
+        if inputs == [] and isinstance(inputs, list):
+            raise MalformedRequest("inputs is empty")
         answers = await service.predict(inputs if isinstance(inputs, list) else [inputs], parameters, ticket)
         return answers if isinstance(inputs, list) else answers[0]
 

@@ -60,6 +60,7 @@ class Ticket:
     deadline: float
     request_id: str = ""
     shortened: bool = False  # by the client, who gives it less time than the server does
+    limited_by: str = "timeout_ms"  # if not by the client
     items: int = 0
     queue_wait_s: float | None = None
     model_time_s: float | None = None
@@ -91,7 +92,9 @@ class Ticket:
         """The time that it may take, and whose limit that is."""
         time_ms = f"{(self.deadline - self.arrived) * 1e3:,.6g} ms"
         return (
-            f"the client's {time_ms} (X-Request-Timeout-Ms)" if self.shortened else f"{time_ms} (timeout_ms)"
+            f"the client's {time_ms} (X-Request-Timeout-Ms)"
+            if self.shortened
+            else f"{time_ms} ({self.limited_by})"
         )
 
     def expired(self) -> DeadlineExceeded:
@@ -339,11 +342,13 @@ class Service:
             async for event in item.payload.events():
                 if isinstance(event, Failed):
                     ticket.note(event)
-                    raise ticket.expired() if isinstance(event.error, DeadlineExceeded) else event.error
+                    if isinstance(event.error, DeadlineExceeded):
+                        raise ticket.expired()
+                    raise event.error.with_traceback(None)  # others may share it
                 if isinstance(event, Done):
                     ticket.note(event)
                 elif ticket.deadline != ends:
-                    ticket.deadline = ends
+                    ticket.deadline, ticket.shortened, ticket.limited_by = ends, False, "stream_timeout_s"
                     alarm.cancel()
                     alarm = loop.call_later(ends - self.clock(), _time_is_up, [item])
                 yield event

@@ -88,6 +88,9 @@ class ServeSpec:
                 self._set(name, OPTIONS[name].check(name, getattr(self, name)))
         self._set("allowed_hosts", _tuple(self.allowed_hosts))
         self._set("allowed_origins", _tuple(self.allowed_origins))
+        given: object = self.pipeline_kwargs
+        if given is not None and not isinstance(given, Mapping):
+            raise StartError(f"pipeline_kwargs must be a mapping, got {given!r}")
         self._set("pipeline_kwargs", dict(self.pipeline_kwargs or {}))
 
     def _set(self, name: str, value: object) -> None:

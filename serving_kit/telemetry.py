@@ -67,7 +67,8 @@ class Telemetry:
         elif isinstance(record, FailureRecord):
             if not isinstance(record.error, InputRejected):
                 self.metrics.add_failure(record.kind)
-            incident = self.incidents.keep(record.error, record.cause)
+            incident = record.incident or make_incident(record.cause, record.error.outcome)
+            self.incidents.add(record.error, incident)
             if record.kind is FailureKind.CRASH:
                 self.log.worker_died(incident)
         elif isinstance(record, BreakerRecord):

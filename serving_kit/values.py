@@ -17,14 +17,25 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from serving_kit.errors import SettingError
 
 Owner = Literal["", "http", "engine", "scheduling"]
 Schema = dict[str, object]  # a JSON schema
 
-UNSET = ...  # no default is known
+
+class _Unset:
+    """Stands for a value that was not given; Shift+Tab shows it as `...`."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+    def __reduce__(self) -> str:
+        return "UNSET"  # the same object after pickling
+
+
+UNSET: Final = _Unset()
 _NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?")
 _LONGEST_REPR = 60
 _LONGEST_ENTRY = 1000  # characters of one string in a list
@@ -267,7 +278,8 @@ class Texts(Spec):
         entry = {"type": "string", "minLength": 1, "maxLength": _LONGEST_ENTRY}
         entries: Schema = {"type": "array", "items": entry, "minItems": 1, "maxItems": int(self.high)}
         if self.commas:
-            return {"oneOf": [entries, {"type": "string", "minLength": 1}]}
+            several = f"Cut at its commas: 1 to {self.high:g} strings of 1 to {_LONGEST_ENTRY} characters."
+            return {"oneOf": [entries, {"type": "string", "pattern": r"[^,\s]", "description": several}]}
         return {"oneOf": [entries, entry]} if self.or_one else entries
 
     def _words(self) -> str:

@@ -16,14 +16,16 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from serving_kit import execution, thread_warnings
-from serving_kit.actions import Action, Canary, Exit, Sleep, Step
+from serving_kit.actions import Action, Canary, Exit, Release, Sleep, Step
 from serving_kit.engine import Engine, Output
 from serving_kit.errors import ServingError, Stopping
+from serving_kit.incidents import make_incident
 from serving_kit.model import Model
+from serving_kit.records import FailureRecord
 from serving_kit.status import CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
-_LAST_MOMENT_S = 0.1  # for a thread that has reported its end
+_JOIN_S = 0.1  # for a thread that has reported its end
 _NO_THREAD_S = 1.0  # between tries to start a thread, while the system refuses one
 
 
@@ -41,7 +43,8 @@ class Handover:
         self, engine: Engine, model: Model, clock: Callable[[], float], deliver: Callable[[Output], None]
     ) -> None:
         self.engine = engine
-        self.model: Model | None = model  # None once it was released
+        self.model: Model | None = model  # None once it was released, and nothing is left to give back to it
+        self.released = False
         self.clock = clock
         self.lock = threading.Condition()
         self.running: Running | None = None
@@ -64,20 +67,20 @@ class Handover:
             while isinstance(action, Sleep) and not (output.events or output.records):
                 self.lock.wait(None if action.until is None else action.until - now)
                 action, output, now = self._next()
-        self._deliver(output)
+        self._deliver(_with_incidents(output))
         return action
 
     def look(self) -> Action:
         """The next action; `Sleep` if there is none now."""
         with self.lock:
             action, output, _ = self._next()
-        self._deliver(output)
+        self._deliver(_with_incidents(output))
         return action
 
     def perform(self, action: Action) -> object:
         """Perform an action, without the lock."""
         model = self.model  # held for one action: a step may outlive `release`
-        if model is None:
+        if model is None or (self.released and not isinstance(action, Release)):
             raise Stopping("the server has stopped")
         thread_warnings.put_first()
         try:
@@ -90,7 +93,15 @@ class Handover:
         with self.lock:
             self.engine.completed(action, result, self.clock())
             output = self.engine.take()
-        self._deliver(output)
+        self._deliver(_with_incidents(output))
+
+    def release(self) -> None:
+        """End everything; the worker gives back what the items hold, drops the model and ends. Any thread."""
+        self.released = True
+        with self.lock:
+            self.engine.stop()
+            self.engine.evict()
+            self.lock.notify()
 
     def status(self, alive: bool) -> CoreStatus:
         """What the core knows now; `alive`: whether a worker runs. Any thread."""
@@ -125,11 +136,28 @@ class Handover:
             self.running = Running(now, action.expected_s)
         elif isinstance(action, Canary):
             self.running = Running(now, 0.0)
+        elif isinstance(action, Exit) and self.released:
+            self.model = None
         return action, self.engine.take(), now
+
+
+def _with_incidents(output: Output) -> Output:
+    """Describe each failure: formatting a traceback takes milliseconds, which the loop thread has not."""
+    if not any(isinstance(record, FailureRecord) for record in output.records):
+        return output
+    records = [
+        record._replace(incident=make_incident(record.cause, record.error.outcome))
+        if isinstance(record, FailureRecord)
+        else record
+        for record in output.records
+    ]
+    return output._replace(records=records)
 
 
 class Worker(Protocol):
     """What performs the actions of one handover, until there are no more or it dies."""
+
+    cause: BaseException | None  # what it has died of
 
     @property
     def alive(self) -> bool:
@@ -147,13 +175,14 @@ class ModelThread:
 
     Args:
         handover: Where the actions come from.
-        ended: Called at its end, on it, with itself and the exception that has ended it; None: it has
-            ended as it should.
+        ended: Called with itself at its end, on it.
+
+    Attributes:
+        cause: The exception that has ended it; None: none has.
     """
 
-    def __init__(
-        self, handover: Handover, ended: Callable[[ModelThread, BaseException | None], None]
-    ) -> None:
+    def __init__(self, handover: Handover, ended: Callable[[ModelThread], None]) -> None:
+        self.cause: BaseException | None = None
         self._handover = handover
         self._ended = ended
         self.thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
@@ -173,17 +202,16 @@ class ModelThread:
             self.thread.join(timeout_s)
 
     def _run(self) -> None:
-        cause: BaseException | None = None
         try:
             while self._handover.cycle():
                 pass
         except BaseException as error:
-            cause = error
+            self.cause = error
         finally:
-            self._ended(self, cause)
+            self._ended(self)
 
 
-WorkerFactory = Callable[[Handover, Callable[[Any, BaseException | None], None]], Worker]
+WorkerFactory = Callable[[Handover, Callable[[Any], None]], Worker]
 
 
 class Supervisor:
@@ -192,7 +220,7 @@ class Supervisor:
     Args:
         handover: What the worker drives.
         make_worker: Makes a worker.
-        crashed: Called when one has died, with what its clients are told, and what the engine has to say.
+        crashed: Called when one has died, with the error for its clients and the output of the engine.
 
     Attributes:
         worker: The present one, or the last; None before `start`. Any thread may read it.
@@ -235,7 +263,7 @@ class Supervisor:
     def check(self) -> None:
         """Replace a worker that could not report its own end."""
         if self.worker is not None and not self.worker.alive:
-            self._note_end(self.worker, None)
+            self._note_end(self.worker)
 
     def post(self, callback: Callable[..., None], *args: object) -> None:
         """Run `callback` on the loop thread. Any thread. A closed loop has no clients left."""
@@ -248,35 +276,38 @@ class Supervisor:
 
     def _spawn(self) -> None:
         if self._restart is not None and self.worker is not None:
-            self.worker.join(_LAST_MOMENT_S)
+            self.worker.join(_JOIN_S)
         self._restart = None
         self.worker = worker = self._make_worker(self._handover, self._report_end)
         try:
             worker.start()
         except RuntimeError as error:  # the system has no thread to give
-            self._note_end(worker, error, _NO_THREAD_S)
+            worker.cause = error
+            self._note_end(worker, _NO_THREAD_S)
 
-    def _report_end(self, worker: Worker, cause: BaseException | None) -> None:
+    def _report_end(self, worker: Worker) -> None:
         """Let the loop thread know that a worker has ended. On the worker."""
-        self.post(self._note_end, worker, cause)
+        self.post(self._note_end, worker)
 
-    def _note_end(self, worker: Worker, cause: BaseException | None, at_least_s: float = 0.0) -> None:
+    def _note_end(self, worker: Worker, at_least_s: float = 0.0) -> None:
         """A worker has ended. Unless it was to end: end its jobs, and start another."""
         assert self._loop is not None
         assert self.ended is not None
         if worker is not self.worker or self._restart is not None:
             return  # already dealt with
         handover = self._handover
-        if self.stopping and (cause is None or handover.model is None):
+        if self.stopping and (worker.cause is None or handover.released):
+            handover.model = None
             self.ended.set()
             return
         handover.running = None
         with handover.lock:
             now = handover.clock()
-            failed = handover.engine.crashed(cause, now)
+            failed = handover.engine.crashed(worker.cause or RuntimeError("it ended early"), now)
             pause_s = max(handover.engine.breaker.pause_s(now), at_least_s)
             output = handover.engine.take()
         if self.stopping:
+            handover.model = None
             self.ended.set()
         else:
             self._restart = self._loop.call_later(pause_s, self._spawn)

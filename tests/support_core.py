@@ -27,7 +27,7 @@ from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
 from serving_kit.worker import THREAD_NAME
 
-PATIENCE_S = 10.0  # after which a test fails because something hangs
+HANG_S = 10.0  # after which a test fails because something hangs
 
 Bad = Callable[[list[str]], BaseException | None]  # what a step with these values raises
 
@@ -75,7 +75,7 @@ class Echo:
 
     def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
         self.inside.set()
-        assert self.gate.wait(PATIENCE_S)
+        assert self.gate.wait(HANG_S)
         payloads: list[Payload] = [part.prepared.payload for part in parts]
         values = [each.value for each in payloads]
         self.steps.append(values)
@@ -298,7 +298,7 @@ class Bench:
     def submit(
         self,
         *values: str,
-        timeout_s: float = PATIENCE_S,
+        timeout_s: float = HANG_S,
         stream_timeout_s: float | None = None,
         **parameters: Any,
     ) -> list[Item]:
@@ -330,7 +330,7 @@ class Bench:
 
 async def ended(item: Item) -> End:
     """How an item ends."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(HANG_S):
         end: End = await asyncio.shield(item.payload.ended)
         return end
 
@@ -346,7 +346,7 @@ def error_of(end: Event) -> ServingError:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(HANG_S):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -363,7 +363,7 @@ def drive(
             await test(bench)
         finally:
             bench.model.gate.set()
-            await bench.batcher.stop(PATIENCE_S)
+            await bench.batcher.stop(HANG_S)
         assert bench.batcher.load().in_flight == 0
         return bench
 
@@ -378,7 +378,7 @@ def busy(bench: Bench) -> Iterator[None]:
     bench.model.gate.clear()
     bench.model.inside.clear()
     bench.submit("busy")
-    assert bench.model.inside.wait(PATIENCE_S)
+    assert bench.model.inside.wait(HANG_S)
     yield
     bench.model.gate.set()
 

@@ -58,7 +58,7 @@ class Outcome:
         """Share of the items that ended so among those that ended in one of the ways `of`."""
         return sum(end.how == how for end in self.ends) / max(1, sum(end.how in of for end in self.ends))
 
-    def success_of_the_longest(self, share: float = 0.1) -> float:
+    def longest_in_time(self, share: float = 0.1) -> float:
         """How often the longest items were answered in time, over how often all were."""
         longest = sorted(self.ends, key=lambda end: end.tokens)[-int(share * len(self.ends)) :]
         return sum(end.how == "ok" for end in longest) / len(longest) / self.share("ok")

@@ -29,7 +29,7 @@ from serving_kit.records import BatchReason, BatchRecord, FailureRecord, Record
 from serving_kit.settings import Settings
 from serving_kit.worker import Handover
 from tests.support_core import (
-    PATIENCE_S,
+    HANG_S,
     Bench,
     Echo,
     busy,
@@ -79,7 +79,7 @@ def test_other_parameters_other_step() -> None:
 def test_stream_of_chunks() -> None:
     async def test(bench: Bench) -> None:
         bench.model.lengths = {"stream": 4}
-        (stream,) = bench.submit("stream", stream_timeout_s=PATIENCE_S)
+        (stream,) = bench.submit("stream", stream_timeout_s=HANG_S)
         (body,) = bench.submit("body")
         events = [event async for event in stream.payload.events()]
         assert events[:-1] == [Chunk(1), Chunk(2), Chunk(3)]
@@ -92,7 +92,7 @@ def test_stream_of_chunks() -> None:
 def test_stream_cancelled_between_steps() -> None:
     async def test(bench: Bench) -> None:
         bench.model.lengths = {"endless": 10**9}
-        (item,) = bench.submit("endless", stream_timeout_s=PATIENCE_S)
+        (item,) = bench.submit("endless", stream_timeout_s=HANG_S)
         async for event in item.payload.events():
             if event == Chunk(3):
                 break
@@ -106,8 +106,8 @@ def test_stream_cancelled_between_steps() -> None:
 def test_drain_finishes_streams() -> None:
     async def test(bench: Bench) -> None:
         bench.model.lengths = {"stream": 50}
-        (item,) = bench.submit("stream", stream_timeout_s=PATIENCE_S)
-        assert await bench.batcher.stop(PATIENCE_S)
+        (item,) = bench.submit("stream", stream_timeout_s=HANG_S)
+        assert await bench.batcher.stop(HANG_S)
         assert values_of([await ended(item)]) == ["STREAM"]
 
     drive(test)
@@ -254,14 +254,14 @@ def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving_kit.worker._NO_THREAD_S", 0.01)
     start, refusals = threading.Thread.start, 3
 
-    def stingy(thread: threading.Thread) -> None:
+    def refuse_some(thread: threading.Thread) -> None:
         nonlocal refusals
         if thread.name == "serving-kit-model" and refusals:
             refusals -= 1
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", stingy)
+    monkeypatch.setattr(threading.Thread, "start", refuse_some)
 
     async def test(bench: Bench) -> None:
         assert "is being started again" in bench.batcher.status().unavailable_reason
@@ -348,7 +348,7 @@ def test_wasted_items_are_counted() -> None:
     async def test(bench: Bench) -> None:
         bench.model.gate.clear()
         items = bench.submit("a", "b")
-        assert bench.model.inside.wait(PATIENCE_S)
+        assert bench.model.inside.wait(HANG_S)
         bench.batcher.cancel(items[:1])
         bench.model.gate.set()
         await ended(items[1])
@@ -419,7 +419,7 @@ def test_stop_finishes_what_was_admitted() -> None:
     async def test(bench: Bench) -> None:
         with busy(bench):
             items = bench.submit("a", "b")
-            stopping = asyncio.create_task(bench.batcher.stop(PATIENCE_S))
+            stopping = asyncio.create_task(bench.batcher.stop(HANG_S))
             await until(lambda: bench.batcher.draining)
             with pytest.raises(Unavailable):
                 bench.submit("c")
@@ -436,7 +436,7 @@ def test_stop_with_a_stuck_step() -> None:
             assert not await bench.batcher.stop(0.05)
             for each in items:
                 assert isinstance(error_of(await ended(each)), Unavailable)
-        assert bench.batcher.join(PATIENCE_S)
+        assert bench.batcher.join(HANG_S)
 
     drive(test)
 
@@ -460,7 +460,7 @@ def test_stop_during_a_bisection() -> None:
 
         def bad(values: list[str]) -> BaseException | None:
             if values != ["busy"]:
-                stopping.wait(PATIENCE_S)
+                stopping.wait(HANG_S)
                 return ValueError()
             return None
 
@@ -472,7 +472,7 @@ def test_stop_during_a_bisection() -> None:
         for each in items:
             assert isinstance(error_of(await ended(each)), Unavailable)
         stopping.set()
-        assert await asyncio.to_thread(bench.batcher.join, PATIENCE_S)
+        assert await asyncio.to_thread(bench.batcher.join, HANG_S)
         assert len(bench.model.steps) == 2, "no client is left"
 
     drive(test)
@@ -485,7 +485,7 @@ def test_release_with_a_stuck_step() -> None:
             assert not bench.batcher.join(0.01)
             with pytest.raises(Unavailable):
                 bench.submit("a")
-        assert bench.batcher.join(PATIENCE_S)
+        assert bench.batcher.join(HANG_S)
 
     drive(test)
 
@@ -498,12 +498,12 @@ def test_the_loop_is_gone() -> None:
         bench.batcher.start()
         bench.model.gate.clear()
         bench.submit("a")
-        assert bench.model.inside.wait(PATIENCE_S)
+        assert bench.model.inside.wait(HANG_S)
         bench.batcher.release()
 
     asyncio.run(leave())
     bench.model.gate.set()
-    assert bench.batcher.join(PATIENCE_S)
+    assert bench.batcher.join(HANG_S)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -520,7 +520,7 @@ def test_random_schedule(seed: int) -> None:
         if dice.random() < 0.1:
             bench.model.lengths[value] = 4
         try:
-            (item,) = bench.submit(value, k=k, timeout_s=dice.choice([0.01, 1, PATIENCE_S]))
+            (item,) = bench.submit(value, k=k, timeout_s=dice.choice([0.01, 1, HANG_S]))
         except Overloaded:
             counts["shed"] += 1
             return

@@ -417,12 +417,12 @@ def test_transient_failure_is_recorded() -> None:
 
 
 def test_released_cost_is_recorded() -> None:
-    class Optimist(CostModel):
+    class TooLowCost(CostModel):
         def seconds(self, padded_tokens: float) -> float:
             return 1e-6
 
     bed = Bed(max_batch_size=1, timeout_ms=10_000)
-    bed.engine.scheduler = Scheduler(bed.engine.scheduler.settings, Optimist())
+    bed.engine.scheduler = Scheduler(bed.engine.scheduler.settings, TooLowCost())
     for _ in range(30):
         bed.offer("a", timeout_s=0.5)
         bed.settle()

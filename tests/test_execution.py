@@ -74,7 +74,8 @@ def test_prepare_that_raises_stops_no_other() -> None:
 
 def test_step() -> None:
     model = Echo()
-    assert step(model, [running("a"), running("b")]) == Executed(10.0, 20.0, [Answered("A"), Answered("B")])
+    executed = step(model, [running("a"), running("b")])
+    assert executed == Executed(10.0, 20.0, [Answered("A"), Answered("B")], unreleased=[])
     assert model.released.total() == 2
 
 
@@ -124,7 +125,7 @@ def test_mixed_results() -> None:
     answered, more, failed, odd = step(model, items).results
     assert answered == Answered("A")
     assert more == More("chunk", Work(longest=2))
-    assert failed == Failure(error, FailureKind.ERROR)
+    assert failed == Failure(error, FailureKind.ERROR, "ValueError: ")
     assert isinstance(odd, Failure)
     released = {payload.value for payload in model.released}
     assert released == {"a", "c", "d"}, "what goes on keeps its cache"
@@ -169,26 +170,69 @@ def test_canary_that_fails_alone() -> None:
     assert perform(model, Canary(Input("example")), Clock()) is False
 
 
-def test_canary_of_several_steps() -> None:
-    """Each step is granted what the one before has asked for."""
+def test_canary_that_goes_on() -> None:
+    """One step is enough: streams wait meanwhile, and the example might never end."""
     model, granted = Echo(), list[int]()
 
     def go_on(parts: Sequence[Part]) -> list[StepResult]:
         granted.append(parts[0].tokens)
-        return [More(work=Work(longest=2)) if len(granted) < 3 else Done("output")]
+        return [More(work=Work(longest=2))]
 
     model.step = go_on  # type: ignore[method-assign]
     assert perform(model, Canary(Input("example")), Clock()) is True
-    assert granted == [7, 2, 2]
+    assert granted == [7]
+    assert model.released.total() == 1
+
+
+class Hostile(Exception):
+    """An exception whose text cannot be made."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_release_that_raises() -> None:
+    """The item keeps its answer, and the failure is a value."""
+    model, error = Echo(), Hostile()
+
+    def refuse(prepared: object) -> None:
+        raise error
+
+    model.release = refuse  # type: ignore[method-assign]
+    executed = step(model, [running("a")])
+    assert executed.results == [Answered("A")]
+    assert [each.error for each in executed.unreleased] == [error]
+
+
+def test_classify_that_raises() -> None:
+    model = Echo()
+    model.raises["step"] = ValueError()
+
+    def refuse(error: BaseException) -> FailureKind:
+        raise LookupError
+
+    model.classify = refuse  # type: ignore[method-assign]
+    failure = step(model, [running("a")]).failure
+    assert failure is not None
+    assert failure.kind is FailureKind.ERROR
+
+
+def test_fingerprints_of_what_failed() -> None:
+    """Equal for equal inputs, also for those that are not hashable."""
+    model = Echo()
+    items = [running("a"), running("a"), running("b")]
+    model.raises["step"] = ValueError()
+    step(model, items)
+    assert items[0].fingerprint == items[1].fingerprint != items[2].fingerprint
 
 
 def test_free() -> None:
     model, failure = Echo(), Failure(MemoryError(), FailureKind.MEMORY)
-    assert perform(model, Free(failure, thorough=True), Clock()) is None
+    assert perform(model, Free(failure, thorough=True), Clock()) == []
     assert model.freed == [(failure.error, True)]
 
 
 def test_release() -> None:
     model, items = Echo(), [running("a"), running("b")]
-    assert perform(model, Release([item.prepared for item in items if item.prepared]), Clock()) is None
+    assert perform(model, Release([item.prepared for item in items if item.prepared]), Clock()) == []
     assert {payload.value for payload in model.released} == {"a", "b"}

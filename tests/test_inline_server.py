@@ -374,16 +374,16 @@ def test_stop_cancels_request_after_drain(start: Any) -> None:
 def test_stop_with_uncancellable_request(start: Any) -> None:
     inside, released = threading.Event(), threading.Event()
 
-    async def stubborn(request: Request) -> PlainTextResponse:
+    async def ignores_cancel(request: Request) -> PlainTextResponse:
         inside.set()
         while not released.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.02)
         return PlainTextResponse("released")
 
-    server = start(named_app("app", [], stubborn=stubborn))
+    server = start(named_app("app", [], ignores_cancel=ignores_cancel))
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, server, "/stubborn")
+        answer = pool.submit(ask, server, "/ignores_cancel")
         assert inside.wait(10)
         with stopwatch(15):
             assert server.stop(drain_s=0.2) is False  # the thread goes on, and the result says so
@@ -432,10 +432,10 @@ def test_interrupt_during_stop(start: Any) -> None:
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, server, "/endless")
         assert inside.wait(10)
-        trap = pool.submit(interrupt_the_main_thread, during="stop")
+        interrupting = pool.submit(interrupt_the_main_thread, during="stop")
         with stopwatch(15), pytest.raises(KeyboardInterrupt):
             server.stop(drain_s=40)
-        trap.result(10)
+        interrupting.result(10)
         with contextlib.suppress(http.client.HTTPException, ConnectionError):
             assert answer.result(10)[0] >= 500
     assert not server.alive
@@ -624,10 +624,10 @@ def test_interrupt_while_old_app_drains(start: Any) -> None:
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, server, "/slow")
         assert inside.wait(10)
-        trap = pool.submit(interrupt)
+        interrupting = pool.submit(interrupt)
         with stopwatch(10), pytest.raises(KeyboardInterrupt):
             server.swap(named_app("new", events), drain_s=30)
-        trap.result(5)
+        interrupting.result(5)
         released.set()
         assert answer.result(10)[0] == 200
     assert ask(server) == (200, "new")

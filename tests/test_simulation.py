@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +30,14 @@ def test_seeds() -> None:
 def play_all(seeds: range) -> None:
     for seed in seeds:
         play(seed)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The simulator silences the log of its process."""
+    level = logging.getLogger("serving_kit").level
+    yield
+    logging.getLogger("serving_kit").setLevel(level)
 
 
 @pytest.mark.light
@@ -81,7 +90,7 @@ def _done_twice(take: Callable[..., Output], self: Engine) -> Output:
     return Output([*output.events, *again], output.records)
 
 
-def _end_in_silence(end: Callable[..., None], self: Any, items: Sequence[Item], error: object) -> None:
+def _end_in_silence(end: Callable[..., None], self: Any, items: Sequence[Item], *told: object) -> None:
     for item in items:
         self._release(item)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from serving_kit.errors import ModelFailed, RequestTooLarge, ServingError, Unavailable, error_text
+from serving_kit.errors import ModelFailed, RequestTooLarge, ServingError, Unavailable
 from serving_kit.model import FailureKind
 
 
@@ -21,6 +21,7 @@ class Failure(NamedTuple):
 
     error: BaseException
     kind: FailureKind
+    detail: str = ""  # class and text of the exception, made on the model thread
 
     @property
     def rejects_input(self) -> bool:
@@ -81,7 +82,7 @@ def client_error(failure: Failure, *, alone: bool) -> ServingError:
         failure: What the model raised.
         alone: Whether it came of one input while others fit into memory.
     """
-    error, detail = failure.error, error_text(failure.error)
+    error, detail = failure.error, failure.detail
     if isinstance(error, ServingError):
         return error
     if failure.kind is not FailureKind.MEMORY:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from serving_kit.failures.bisection import Bisection
 from serving_kit.failures.classify import Failure
-from serving_kit.items import Item, padded
+from serving_kit.items import Item, longest, padded
 from serving_kit.model import FailureKind
 
 
@@ -80,7 +80,7 @@ class Reply(NamedTuple):
     skipped: bool = False  # a `Rerun` that was not run, because its clients have left meanwhile
 
 
-class Suspected(NamedTuple):
+class Attributed(NamedTuple):
     """A failure that may be the model's.
 
     Attributes:
@@ -93,18 +93,26 @@ class Suspected(NamedTuple):
     items: Sequence[Item]
 
 
+class TooLarge(NamedTuple):
+    """Items that did not fit into memory together, as they were then."""
+
+    items: Sequence[Item]
+    longest: int  # tokens of the longest
+    padded_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Conclusions:
     """What a failure says beyond its own items.
 
     Attributes:
-        suspected: To count against the model.
-        too_large: The least that did not fit into memory together, though each item does; empty: nothing.
+        attributed: To count against the model.
+        too_large: The least that did not fit into memory together, though each item does; None: nothing.
         unreported: A failure that no client was told of.
     """
 
-    suspected: Sequence[Suspected] = ()
-    too_large: Sequence[Item] = ()
+    attributed: Sequence[Attributed] = ()
+    too_large: TooLarge | None = None
     unreported: Failure | None = None
 
 
@@ -127,41 +135,41 @@ def recover(
         retry: Whether parts of the step may run again.
         thorough: Whether to bisect to the end also while the model is not known to be healthy.
     """
-    case = _Case(items, failure, now, retry=retry, thorough=thorough)
-    suspected: list[Suspected] = []
+    step = _FailedStep(items, failure, now, retry=retry, thorough=thorough)
+    attributed: list[Attributed] = []
     if failure.kind is FailureKind.MEMORY:
         now = (yield FreeMemory(failure)).now
-    if case.needs_canary:
+    if step.needs_canary:
         healthy, now = yield from _is_healthy(failure, has_canary, now)
-        case.note_canary(healthy)
-    while part := case.next(now):
+        step.note_canary(healthy)
+    while part := step.next(now):
         reply = yield Rerun(part)
         now = reply.now
         if reply.skipped:
             continue
         if reply.failure is None:
-            case.passed(part)
+            step.passed(part)
             if reply.isolated is not None:
-                suspected += (yield from attribute([reply.isolated], has_canary)).suspected
+                attributed += (yield from attribute([reply.isolated], has_canary)).attributed
             continue
         if reply.failure.kind is FailureKind.MEMORY:
             now = (yield FreeMemory(reply.failure)).now
-        case.failed(part, reply.failure)
+        step.failed(part, reply.failure)
         if len(part) == 1:
-            if not case.answered and case.healthy is None:
+            if not step.answered and step.healthy is None:
                 healthy, now = yield from _is_healthy(reply.failure, has_canary, now)
-                case.note_canary(healthy)
-            yield Settle(part, reply.failure, alone=case.healthy is not False)
-            case.settle(part)
-    expired, rest = case.expired(now), case.wanted(now)  # at one time, so that none is in neither
+                step.note_canary(healthy)
+            yield Settle(part, reply.failure, alone=step.healthy is not False)
+            step.settle(part)
+    expired, rest = step.expired(now), step.wanted(now)  # at one time, so that none is in neither
     if expired:
         yield Expire(expired)
     if rest:
-        yield Settle(rest, case.failure, alone=case.healthy is not False and len(rest) == 1)
-        case.settle(rest)
-    if not case.answered and case.healthy is not True:
-        suspected.append(Suspected(case.failure, case.healthy, items))
-    return Conclusions(suspected, case.too_large(), None if case.failed_items else case.failure)
+        yield Settle(rest, step.failure, alone=step.healthy is not False and len(rest) == 1)
+        step.settle(rest)
+    if not step.answered and step.healthy is not True:
+        attributed.append(Attributed(step.failure, step.healthy, items))
+    return Conclusions(attributed, step.too_large(), None if step.failed_items else step.failure)
 
 
 def attribute(isolated: Sequence[Isolated], has_canary: bool) -> Recovery:
@@ -172,7 +180,7 @@ def attribute(isolated: Sequence[Isolated], has_canary: bool) -> Recovery:
     healthy, _ = yield from _is_healthy(candidates[-1].failure, has_canary, 0.0)
     if healthy is True:
         return Conclusions()
-    return Conclusions([Suspected(each.failure, healthy, [each.item]) for each in candidates])
+    return Conclusions([Attributed(each.failure, healthy, [each.item]) for each in candidates])
 
 
 def _is_healthy(
@@ -189,7 +197,7 @@ def _is_healthy(
     return reply.healthy, reply.now
 
 
-class _Case:
+class _FailedStep:
     """One step that raised: what is known about its items and the model."""
 
     def __init__(
@@ -202,7 +210,7 @@ class _Case:
         self.failed_items: set[Item] = set()
         self._retry = retry
         self._settled: set[Item] = set()  # answered or failed
-        self._did_not_fit: list[Sequence[Item]] = []
+        self._did_not_fit: list[TooLarge] = []
         self._part = range(len(items))  # that runs now
         self._note_memory(items)
         self._halving = retry and bool(self._did_not_fit) and len(items) > 1
@@ -258,18 +266,19 @@ class _Case:
         """Those that are not settled and whose time is up."""
         return [item for item in self.items if item not in self._settled and item.deadline <= now]
 
-    def too_large(self) -> Sequence[Item]:
+    def too_large(self) -> TooLarge | None:
         """The least that did not fit into memory together, though each item does.
 
         Without a retry it is not known whether each does, and assumed.
         """
-        several = [part for part in self._did_not_fit if len(part) > 1]
-        together = [part for part in several if not self._retry or self.failed_items.isdisjoint(part)]
-        return min(together, key=padded, default=())
+        several = [part for part in self._did_not_fit if len(part.items) > 1]
+        together = [part for part in several if not self._retry or self.failed_items.isdisjoint(part.items)]
+        return min(together, key=lambda part: part.padded_tokens, default=None)
 
     def _wanted(self, items: Sequence[Item], now: float) -> list[Item]:
         return [item for item in items if item not in self._settled and item.is_wanted(now)]
 
     def _note_memory(self, items: Sequence[Item]) -> None:
         if self.failure.kind is FailureKind.MEMORY:
-            self._did_not_fit.append(items)
+            # Measured now: items that go on have the tokens of their next step later.
+            self._did_not_fit.append(TooLarge(items, longest(items), padded(items)))

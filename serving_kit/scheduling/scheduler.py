@@ -106,7 +106,7 @@ class Scheduler:
         self._closed_loop = ClosedLoop()
         self._queue: list[Item] = []  # waiting, in order of arrival
         self._queued_tokens = 0
-        self._continuing: list[Item] = []  # between two of their steps, in order of arrival
+        self._continuing: list[Item] = []  # between two of their steps and not in this one, by arrival
         self._running: Batch | None = None
         self._in_time = False  # whether the running step was expected to end in time
         self._busy_until = 0.0  # expected end of the running step
@@ -121,11 +121,8 @@ class Scheduler:
     @property
     def in_flight(self) -> int:
         """Items admitted and not yet ended: waiting and running."""
-        running = self._running.items if self._running else ()
-        in_flight = len(self._queue) + len(running)
-        if self._continuing:
-            in_flight += sum(item not in running for item in self._continuing)
-        return in_flight
+        running = len(self._running.items) if self._running else 0
+        return len(self._queue) + running + len(self._continuing)
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -173,8 +170,8 @@ class Scheduler:
     def evict(self) -> list[Item]:
         """End everything that is waiting or running, oldest first. For crashes and for stop."""
         running = self._running.items if self._running else ()
-        items = list(dict.fromkeys([*self._continuing, *running, *self._queue]))
-        self._queue, self._queued_tokens, self._running = [], 0, None
+        items = sorted([*self._continuing, *running], key=_arrival) + self._queue
+        self._queue, self._queued_tokens, self._running, self._continuing = [], 0, None, []
         self._end(items)
         return items
 
@@ -226,9 +223,11 @@ class Scheduler:
         continuing = list(continuing)
         go_on = [item for item in continuing if not item.cancelled and item.state is ItemState.RUNNING]
         tokens, padded_tokens = batch.tokens, batch.padded_tokens
-        ended = [item for item in batch.items if item not in go_on] if go_on else list(batch.items)
-        kept = [item for item in self._continuing if item not in batch.items]
-        self._continuing = sorted([*kept, *go_on], key=_arrival)
+        ended = list(batch.items)
+        if go_on:
+            alive = set(go_on)
+            ended = [item for item in batch.items if item not in alive]
+            self._continuing = sorted([*self._continuing, *go_on], key=_arrival)
         for item in ended:
             item.state = ItemState.DONE
             if not ok:
@@ -277,12 +276,18 @@ class Scheduler:
 
     def _go_on(self, now: float, hopeless: list[Item]) -> _Choice:
         """The next step of the items that go on, with those that join them."""
-        most, queue = self.settings.max_batch_size, self._queue_state(now)
-        items = going_on = self._continuing[:most]
-        anchor = self._next_anchor(now, hopeless) if len(items) < most else None
+        most, queue, budget = self.settings.max_batch_size, self._queue_state(now), self.token_budget()
+        items = self._continuing[:most]
+        while len(items) > 1 and (
+            padded(items) > budget or padded(items) > self.memory_limit.limit(longest(items), now)
+        ):
+            items = items[:-1]  # the newest waits for the next step
+        going_on = items
+        # What goes on comes before what is new.
+        complete = len(items) == len(self._continuing) < most
+        anchor = self._next_anchor(now, hopeless) if complete else None
         if anchor is None or anchor.key != items[0].key:
             return _Choice(items, BatchReason.CONTINUED)
-        budget = self.token_budget()
         for item in self._queue[: self._window()]:
             joined = [*items, item]
             if len(items) == most or item.key != anchor.key or padded(joined) > budget:
@@ -361,6 +366,9 @@ class Scheduler:
 
     def _start(self, choice: _Choice, now: float) -> Batch:
         self._remove(choice.items)
+        if self._continuing:
+            chosen = set(choice.items)
+            self._continuing = [item for item in self._continuing if item not in chosen]
         for item in choice.items:
             if item.state is ItemState.WAITING:
                 item.state, item.started = ItemState.RUNNING, now
@@ -414,7 +422,7 @@ class Scheduler:
     def _end(self, items: Iterable[Item]) -> None:
         """They are done without an answer of the model."""
         for item in items:
-            if item in self._continuing:
+            if item.state is ItemState.RUNNING and item in self._continuing:
                 self._continuing.remove(item)
             item.state = ItemState.DONE
             self._watchdog.item_gone(item)

@@ -113,7 +113,7 @@ def test_circle_of_causes() -> None:
 def test_clients_are_told(
     error: Exception, kind: FailureKind, alone: bool, expected: type[ServingError]
 ) -> None:
-    told = client_error(Failure(error, kind), alone=alone)
+    told = client_error(Failure(error, kind, f"{error!r}"), alone=alone)
     assert type(told) is expected
     assert "secret" not in str(told)
     assert "secret" in str(told.detail)

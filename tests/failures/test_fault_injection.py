@@ -35,7 +35,7 @@ from serving_kit.scheduling import admission, scheduler
 from serving_kit.service import Service
 from serving_kit.settings import Settings
 from tests.support import our_threads
-from tests.support_core import PATIENCE_S, Bench, Echo, values_of
+from tests.support_core import HANG_S, Bench, Echo, values_of
 
 pytestmark = pytest.mark.light
 
@@ -160,12 +160,12 @@ def run_batcher(injector: Injector) -> None:
         armed, injector.armed = injector.armed, False
         assert values_of(await bench.ask("last")) == ["LAST"]
         injector.armed = armed
-        assert await bench.batcher.stop(PATIENCE_S)
+        assert await bench.batcher.stop(HANG_S)
         without_end = [item for item in bench.submitted if not item.payload.ended.done()]
         assert [item.input.value for item in without_end] in ([], ["gone"])
         for item in without_end:
             assert item.cancelled or item.state is ItemState.DONE
-        assert bench.batcher.join(PATIENCE_S)
+        assert bench.batcher.join(HANG_S)
         assert bench.batcher.load().in_flight == 0
         assert not our_threads()
 
@@ -239,7 +239,7 @@ def run_service(injector: Injector) -> None:
             clients.append(asyncio.ensure_future(streaming_client(kit, "s")))
             await asyncio.sleep(0)
             clients[2].cancel()
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(HANG_S):
                 await asyncio.wait(clients)
         finally:
             sys.settrace(None)
@@ -247,11 +247,11 @@ def run_service(injector: Injector) -> None:
         assert kit.metrics.requests() in ((7, 6) if injector.raised else (7,)), (
             "and is counted once, unless the counting itself raised"
         )
-        await client(kit, "last", timeout_s=PATIENCE_S)
+        await client(kit, "last", timeout_s=HANG_S)
         assert ended[-1] == "LAST"
         assert kit.state()[0] == "ready"
-        assert await kit.stop(PATIENCE_S)
-        assert kit.join(PATIENCE_S)
+        assert await kit.stop(HANG_S)
+        assert kit.join(HANG_S)
         assert kit.batcher.load().in_flight == 0
         assert not our_threads()
 

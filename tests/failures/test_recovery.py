@@ -150,7 +150,7 @@ def test_failing_canary_ends_it() -> None:
     driver = Driver(lambda values: LookupError(), canary=False)
     conclusions = driver.recover(batch(8))
     assert (driver.reruns, driver.canaries) == ([], 1)
-    assert [each.healthy for each in conclusions.suspected] == [False]
+    assert [each.healthy for each in conclusions.attributed] == [False]
     assert len(driver.settled) == 8
     assert not any(each.alone for each in driver.settled.values())
 
@@ -160,7 +160,7 @@ def test_bisection_to_the_failing_item() -> None:
     conclusions = driver.recover(batch(4))
     assert sorted(driver.reruns) == [["v0", "v1"], ["v2"], ["v2", "v3"], ["v3"]]
     assert list(driver.settled) == ["v2"]
-    assert not conclusions.suspected
+    assert not conclusions.attributed
     assert conclusions.unreported is None
 
 
@@ -168,7 +168,7 @@ def test_no_canary_runs_only_its_own_items() -> None:
     driver = Driver(raise_for("v0"), canary=None)
     conclusions = driver.recover([running("v0")])
     assert (driver.reruns, driver.canaries) == ([], 0)
-    assert [each.healthy for each in conclusions.suspected] == [None]
+    assert [each.healthy for each in conclusions.attributed] == [None]
 
 
 @settings(deadline=None)
@@ -186,7 +186,7 @@ def test_without_retry_it_fails_whole() -> None:
     conclusions = driver.recover(batch(8), retry=False)
     assert (driver.reruns, driver.canaries) == ([], 1)
     assert len(driver.settled) == 8
-    assert not conclusions.suspected
+    assert not conclusions.attributed
 
 
 def test_wrong_number_of_outputs() -> None:
@@ -249,7 +249,7 @@ def test_skipped_rerun() -> None:
     assert not set(first.items) & set(second.items)
     driver = Driver(lambda values: ValueError(), canary=None)
     conclusions = driver.run(recovery, driver.reply_to(second))
-    assert conclusions.suspected, "what was skipped was not answered"
+    assert conclusions.attributed, "what was skipped was not answered"
 
 
 # -- memory ------------------------------------------------------------------------------------------
@@ -259,7 +259,9 @@ def test_too_many_together() -> None:
     """The halves run anyway, and the least that did not fit is reported."""
     driver = Driver(lambda values: MemoryError() if len(values) > 2 else None)
     conclusions = driver.recover([running("vvvv"), *batch(8)[1:]])
-    assert values(conclusions.too_large) == ["v4", "v5", "v6", "v7"]
+    assert conclusions.too_large is not None
+    assert values(conclusions.too_large.items) == ["v4", "v5", "v6", "v7"]
+    assert (conclusions.too_large.longest, conclusions.too_large.padded_tokens) == (2, 8)
     assert driver.canaries == 0
     assert len(driver.answered) == 8
 
@@ -267,7 +269,7 @@ def test_too_many_together() -> None:
 def test_too_large_alone() -> None:
     driver = Driver(raise_for("large", error=MemoryError))
     conclusions = driver.recover([running("large"), running("v1")])
-    assert not conclusions.too_large
+    assert conclusions.too_large is None
     assert driver.settled["large"].alone
     assert driver.answered == ["v1"]
 
@@ -285,14 +287,14 @@ def test_no_memory_for_the_canary(size: int) -> None:
     conclusions = driver.recover(batch(size))
     assert not any(each.alone for each in driver.settled.values())
     assert (len(driver.reruns), driver.canaries) == (size - 1, 1)
-    assert [each.healthy for each in conclusions.suspected] == [False]
+    assert [each.healthy for each in conclusions.attributed] == [False]
 
 
 def test_every_item_too_large() -> None:
     driver = Driver(lambda values: MemoryError())
     conclusions = driver.recover(batch(2))
     assert all(each.alone for each in driver.settled.values())
-    assert not conclusions.suspected
+    assert not conclusions.attributed
 
 
 def test_memory_is_freed_each_time() -> None:
@@ -307,7 +309,8 @@ def test_memory_is_freed_each_time() -> None:
 def test_memory_without_retry() -> None:
     driver = Driver(lambda values: MemoryError(), canary=None)
     conclusions = driver.recover(batch(8), retry=False)
-    assert len(conclusions.too_large) == 8
+    assert conclusions.too_large is not None
+    assert len(conclusions.too_large.items) == 8
     assert not any(each.alone for each in driver.settled.values())
     driver = Driver(lambda values: MemoryError(), canary=None)
     driver.recover(batch(1), retry=False)
@@ -334,13 +337,13 @@ def test_what_counts_against_the_model(
     driver = Driver(lambda values: None, canary=canary)
     isolated = Isolated(running("v"), failure(error))
     conclusions = driver.run(attribute([isolated], canary is not None))
-    assert [each.healthy for each in conclusions.suspected] == healthy
+    assert [each.healthy for each in conclusions.attributed] == healthy
 
 
 def test_one_canary_for_several_items() -> None:
     driver = Driver(lambda values: None, canary=False)
     several = [Isolated(item, failure(ValueError())) for item in batch(3)]
-    assert len(driver.run(attribute(several, True)).suspected) == 3
+    assert len(driver.run(attribute(several, True)).attributed) == 3
     assert driver.canaries == 1
 
 
@@ -349,7 +352,7 @@ def test_one_canary_for_several_items() -> None:
 EXAMPLE = Input("good")
 
 
-class Ward(Bed):
+class StepBed(Bed):
     """An engine around a model that is a function of what a step holds."""
 
     def __init__(self, bad: Bad, canary: Input | None = EXAMPLE, *, retry: bool = True) -> None:
@@ -363,21 +366,21 @@ class Ward(Bed):
 
 
 def test_failures_of_the_model_are_counted() -> None:
-    ward = Ward(lambda values: LookupError())
+    bed = StepBed(lambda values: LookupError())
     for failures in (1, 2):
-        ward.treat(*"abcdefgh")
-        assert ward.model.steps == [list("abcdefgh"), ["good"]] * failures
-        assert len(ward.failures) == failures
-        assert ward.engine.breaker.failures == failures
+        bed.treat(*"abcdefgh")
+        assert bed.model.steps == [list("abcdefgh"), ["good"]] * failures
+        assert len(bed.failures) == failures
+        assert bed.engine.breaker.failures == failures
 
 
 def test_an_answer_clears_inconclusive_failures() -> None:
-    ward = Ward(raise_for("v0", "v1"), canary=None)
-    ward.treat("v0", "v1")
-    assert ward.engine.breaker.failures == 0
-    assert ward.engine.breaker.has_failures
-    ward.treat("v0", "v2")
-    assert not ward.engine.breaker.has_failures
+    bed = StepBed(raise_for("v0", "v1"), canary=None)
+    bed.treat("v0", "v1")
+    assert bed.engine.breaker.failures == 0
+    assert bed.engine.breaker.has_failures
+    bed.treat("v0", "v2")
+    assert not bed.engine.breaker.has_failures
 
 
 @settings(deadline=None)
@@ -386,72 +389,72 @@ def test_good_input_among_bad_ones(data: st.DataObject, size: int) -> None:
     """Without a canary, before the breaker has opened, it is found among any number."""
     names = [f"v{n}" for n in range(size)]
     good = data.draw(st.sampled_from(names))
-    ward = Ward(lambda values: None if values == [good] else ValueError(), canary=None)
-    ward.treat(*names)
-    assert [name for name in names if isinstance(ward.end(name), Done)] == [good]
-    assert len(ward.model.steps) <= 2 * size - 1
+    bed = StepBed(lambda values: None if values == [good] else ValueError(), canary=None)
+    bed.treat(*names)
+    assert [name for name in names if isinstance(bed.end(name), Done)] == [good]
+    assert len(bed.model.steps) <= 2 * size - 1
 
 
 def test_short_bisection_once_it_has_opened() -> None:
-    ward = Ward(lambda values: ValueError(), canary=None)
+    bed = StepBed(lambda values: ValueError(), canary=None)
     for number in range(12):
-        ward.now += 1
+        bed.now += 1
         try:
-            ward.treat(f"v{number}")
+            bed.treat(f"v{number}")
         except Unavailable:
             continue
-    assert ward.engine.breaker.reason
-    ward.now += 10
-    before = len(ward.model.steps)
-    ward.treat(*[f"w{n}" for n in range(64)])
-    assert len(ward.model.steps) - before <= 1 + 2 * 6
+    assert bed.engine.breaker.reason
+    bed.now += 10
+    before = len(bed.model.steps)
+    bed.treat(*[f"w{n}" for n in range(64)])
+    assert len(bed.model.steps) - before <= 1 + 2 * 6
 
 
 def test_engine_without_retry() -> None:
-    ward = Ward(raise_for("v0"), retry=False)
+    bed = StepBed(raise_for("v0"), retry=False)
     names = [f"v{n}" for n in range(8)]
-    ward.treat(*names)
-    assert ward.model.steps == [names, ["good"]]
-    assert all(isinstance(ward.error(name), ModelFailed) for name in names)
-    assert len(ward.failures) == 1
-    assert ward.engine.breaker.failures == 0
+    bed.treat(*names)
+    assert bed.model.steps == [names, ["good"]]
+    assert all(isinstance(bed.error(name), ModelFailed) for name in names)
+    assert len(bed.failures) == 1
+    assert bed.engine.breaker.failures == 0
 
 
 def test_memory_limit_is_learned() -> None:
-    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None)
-    ward.treat("vvvv", *[f"v{n}" for n in range(1, 8)])
-    assert ward.engine.scheduler.memory_limit.lowest(ward.now) == pytest.approx(8 / 2, abs=1)
+    bed = StepBed(lambda values: MemoryError() if len(values) > 2 else None)
+    bed.treat("vvvv", *[f"v{n}" for n in range(1, 8)])
+    assert bed.engine.scheduler.memory_limit.lowest(bed.now) == pytest.approx(8 / 2, abs=1)
 
-    ward = Ward(raise_for("large", error=MemoryError))
-    ward.treat("large", "v1")
-    assert ward.engine.scheduler.memory_limit.lowest(ward.now) is None
-    assert isinstance(ward.error("large"), RequestTooLarge)
-    assert ward.end("v1") == Done("V1", 0.0, ward.now)
+    bed = StepBed(raise_for("large", error=MemoryError))
+    bed.treat("large", "v1")
+    assert bed.engine.scheduler.memory_limit.lowest(bed.now) is None
+    assert isinstance(bed.error("large"), RequestTooLarge)
+    assert bed.end("v1") == Done("V1", 0.0, bed.now)
 
 
 def test_memory_limit_without_retry() -> None:
-    ward = Ward(lambda values: MemoryError() if len(values) > 2 else None, canary=None, retry=False)
+    bed = StepBed(lambda values: MemoryError() if len(values) > 2 else None, canary=None, retry=False)
     names = [f"v{n}" for n in range(8)]
-    ward.treat(*names)
-    assert all(isinstance(ward.error(name), Unavailable) for name in names)
-    assert ward.engine.scheduler.memory_limit.lowest(ward.now) == 8 * 2 / 2
-    assert len(ward.model.steps) == 1
+    bed.treat(*names)
+    assert all(isinstance(bed.error(name), Unavailable) for name in names)
+    assert bed.engine.scheduler.memory_limit.lowest(bed.now) == 8 * 2 / 2
+    assert len(bed.model.steps) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_memory_that_others_have_taken(size: int) -> None:
-    ward = Ward(lambda values: MemoryError())
+    bed = StepBed(lambda values: MemoryError())
     names = [f"v{n}" for n in range(size)]
-    ward.treat(*names)
-    assert all(type(ward.error(name)) is Unavailable for name in names)
-    assert ward.engine.breaker.failures == 1
+    bed.treat(*names)
+    assert all(type(bed.error(name)) is Unavailable for name in names)
+    assert bed.engine.breaker.failures == 1
 
 
 def test_inputs_too_large_each() -> None:
-    ward = Ward(raise_for("v0", "v1", error=MemoryError))
-    ward.treat("v0", "v1")
-    assert all(isinstance(ward.error(name), RequestTooLarge) for name in ("v0", "v1"))
-    assert ward.engine.breaker.failures == 0
+    bed = StepBed(raise_for("v0", "v1", error=MemoryError))
+    bed.treat("v0", "v1")
+    assert all(isinstance(bed.error(name), RequestTooLarge) for name in ("v0", "v1"))
+    assert bed.engine.breaker.failures == 0
 
 
 def test_lost_device_in_the_bisection() -> None:
@@ -460,11 +463,11 @@ def test_lost_device_in_the_bisection() -> None:
             return None
         return ValueError() if len(values) == 4 else RuntimeError("CUDA error: device-side assert triggered")
 
-    ward = Ward(bad)
-    ward.treat(*"abcd")
-    assert ward.model.steps == [list("abcd"), ["good"], ["a", "b"]]
-    assert all(isinstance(ward.error(value), ModelFailed) for value in "abcd")
-    assert ward.engine.breaker.gate(ward.now) is Gate.LATCHED
+    bed = StepBed(bad)
+    bed.treat(*"abcd")
+    assert bed.model.steps == [list("abcd"), ["good"], ["a", "b"]]
+    assert all(isinstance(bed.error(value), ModelFailed) for value in "abcd")
+    assert bed.engine.breaker.gate(bed.now) is Gate.LATCHED
 
 
 def test_items_that_fail_alone_in_a_retry() -> None:
@@ -473,25 +476,25 @@ def test_items_that_fail_alone_in_a_retry() -> None:
     def advance(payload: Payload) -> FailedAlone:
         return FailedAlone(ValueError())
 
-    ward = Ward(lambda values: ValueError() if len(values) > 1 else None, canary=None)
-    ward.model.advance = advance  # type: ignore[assignment, method-assign]
-    ward.treat("a", "b")
-    assert all(isinstance(ward.end(value), Failed) for value in "ab")
-    assert len(ward.failures) == 3, "the step's and the items'"
-    assert ward.engine.breaker.has_failures
+    bed = StepBed(lambda values: ValueError() if len(values) > 1 else None, canary=None)
+    bed.model.advance = advance  # type: ignore[assignment, method-assign]
+    bed.treat("a", "b")
+    assert all(isinstance(bed.end(value), Failed) for value in "ab")
+    assert len(bed.failures) == 3, "the step's and the items'"
+    assert bed.engine.breaker.has_failures
 
 
 def test_no_client_left_is_recorded() -> None:
-    ward = Ward(raise_for("v0"))
-    items = [*ward.offer("v0"), *ward.offer("v1", timeout_s=0.5)]
-    ward.turn()
-    ward.model.takes = after(ward.model.takes, lambda: ward.cancel(items[:1]))
-    ward.settle()
-    assert ward.model.steps == [["v0", "v1"]]
-    assert "v0" not in ward.events
-    assert isinstance(ward.error("v1"), DeadlineExceeded)
-    assert len(ward.failures) == 1
-    ward.check_released()
+    bed = StepBed(raise_for("v0"))
+    items = [*bed.offer("v0"), *bed.offer("v1", timeout_s=0.5)]
+    bed.turn()
+    bed.model.takes = after(bed.model.takes, lambda: bed.cancel(items[:1]))
+    bed.settle()
+    assert bed.model.steps == [["v0", "v1"]]
+    assert "v0" not in bed.events
+    assert isinstance(bed.error("v1"), DeadlineExceeded)
+    assert len(bed.failures) == 1
+    bed.check_released()
 
 
 def after(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:

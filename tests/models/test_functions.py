@@ -24,7 +24,7 @@ from serving_kit.models.functions import CallableModel
 from tests.support import until
 
 pytestmark = pytest.mark.light
-PATIENCE_S = 30.0
+HANG_S = 30.0  # after which a call counts as hanging
 
 
 class Recorder:
@@ -39,7 +39,7 @@ class Recorder:
     def __call__(self, inputs: list[Any], **parameters: Any) -> Any:
         self.calls.append(list(inputs))
         self.inside.set()
-        assert self.gate.wait(PATIENCE_S)
+        assert self.gate.wait(HANG_S)
         return self.answer(inputs, **parameters)
 
 
@@ -50,7 +50,7 @@ def busy(server: Any, function: Recorder) -> Iterator[ThreadPoolExecutor]:
     function.inside.clear()
     with ThreadPoolExecutor(64) as pool:
         pool.submit(server, "busy")
-        assert function.inside.wait(PATIENCE_S)
+        assert function.inside.wait(HANG_S)
         try:
             yield pool
         finally:
@@ -60,7 +60,7 @@ def busy(server: Any, function: Recorder) -> Iterator[ThreadPoolExecutor]:
 
 def queued(server: Any, count: int) -> None:
     """Return when so many items wait for the next call."""
-    until(lambda: server.stats()["queue_depth"] == count, PATIENCE_S, what=f"a queue of {count}")
+    until(lambda: server.stats()["queue_depth"] == count, HANG_S, what=f"a queue of {count}")
 
 
 def notes(error: BaseException) -> str:

@@ -125,12 +125,12 @@ def test_bad_inputs_open_no_breaker(
         model = load_model(tiny("fill-mask"))
         step = model.step
 
-        def picky(batch: Sequence[Part]) -> Any:
+        def raises_for_long(batch: Sequence[Part]) -> Any:
             if any(part.tokens > 8 for part in batch):
                 raise ValueError
             return step(batch)
 
-        monkeypatch.setattr(model, "step", picky)
+        monkeypatch.setattr(model, "step", raises_for_long)
         service = Service(model)
         await service.start()
         for _ in range(6):

@@ -132,11 +132,11 @@ def test_shared_weights() -> None:
     "obstacle", ["quantised", "replaced forward", "cannot be copied", "hook", "compiled", "adapter"]
 )
 def test_no_shared_weights(obstacle: str) -> None:
-    class Stubborn(torch.nn.Linear):
+    class NotCopyable(torch.nn.Linear):
         def __deepcopy__(self, memo: Any) -> Any:
             raise TypeError("not me")
 
-    model: Any = Stubborn(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
+    model: Any = NotCopyable(4, 4) if obstacle == "cannot be copied" else torch.nn.Linear(4, 4)
     if obstacle == "quantised":
         model.hf_quantizer = "some"
     elif obstacle == "replaced forward":

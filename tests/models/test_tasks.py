@@ -175,13 +175,13 @@ def test_task_name_on_another_class() -> None:
 
 
 def test_derived_pipeline_class(serve: Serve) -> None:
-    class Loud(transformers.TextClassificationPipeline):
+    class Derived(transformers.TextClassificationPipeline):
         def postprocess(self, *arguments: Any, **more: Any) -> Any:
             answer = super().postprocess(*arguments, **more)
             return {**answer, "label": answer["label"].upper()}
 
     plain = tiny("text-classification")
-    pipe = Loud(model=plain.model, tokenizer=plain.tokenizer, task=plain.task, device="cpu")
+    pipe = Derived(model=plain.model, tokenizer=plain.tokenizer, task=plain.task, device="cpu")
     assert serve(pipe)("it rains")[0]["label"] == plain("it rains")[0]["label"].upper()
 
 

@@ -30,7 +30,7 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_MS = 20_000  # for what should take a tenth of it
+TIMEOUT_MS = 20_000  # for what should take a tenth of it
 
 pytestmark = [
     pytest.mark.browser,
@@ -158,7 +158,7 @@ def answers(url):
 
 
 @contextmanager
-def chromium(forgive="$^", **more):
+def chromium(expected_log="$^", **more):
     """A page that may connect to this machine only, and must log no error to its console."""
     from playwright.sync_api import sync_playwright
 
@@ -175,7 +175,7 @@ def chromium(forgive="$^", **more):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1280, "height": 1000}, **more)
-        page.set_default_timeout(PATIENCE_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         page.route("**/*", check)
         page.on("console", lambda message: message.type == "error" and logged.append(message.text))
         page.on("pageerror", lambda error: logged.append(str(error)))
@@ -187,7 +187,7 @@ def chromium(forgive="$^", **more):
         finally:
             browser.close()
     assert elsewhere == []
-    assert [line for line in logged if not re.search(forgive, line)] == []
+    assert [line for line in logged if not re.search(expected_log, line)] == []
 
 
 def read(panel, name):
@@ -339,7 +339,7 @@ def command(page, name, arguments="{}"):
 
 def test_run_all_and_no_kernel(lab):
     # JupyterLab itself logs an error about the widget that is gone with its kernel.
-    with chromium(forgive="widget model not found") as page:
+    with chromium(expected_log="widget model not found") as page:
         page.goto(f"{lab}/lab/tree/all.ipynb?reset")
         cell(page, 3).wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
@@ -542,7 +542,7 @@ def busy(serve):
 
 def test_page(busy):
     url = busy.url
-    with chromium(forgive="status of 401") as page:
+    with chromium(expected_log="status of 401") as page:
         page.goto(f"{url}/")
         panel = page.locator(".sk")
         assert until(page, lambda: panel.count() and read(panel, "ok") > 20)

@@ -225,7 +225,7 @@ def test_repeated_displays_share_widgets(server):
 
 
 def test_publisher_holds_server_weakly():
-    class Fleeting:
+    class Other:
         url, token, running = "http://127.0.0.1:1", "t", True
         errors, as_code, tune = list, str, None
 
@@ -233,10 +233,10 @@ def test_publisher_holds_server_weakly():
             return server.stats(series)
 
     with serving_kit.serve(shout, port=0) as server:
-        fleeting = Fleeting()
-        panel = make_panel(fleeting)
+        other = Other()
+        panel = make_panel(other)
         assert len(publishers()) == 1
-        del fleeting
+        del other
         assert until(lambda: not publishers())
         panel.finish()
 

@@ -53,7 +53,7 @@ def test_goodput_under_overload(times: float, peak: float) -> None:
     run = overloaded(times)
     assert run.rate >= 0.95 * peak
     assert run.share("late", of=("ok", "late")) <= 0.01
-    assert run.success_of_the_longest() >= 0.8
+    assert run.longest_in_time() >= 0.8
     assert run.share("dropped", of=("ok", "late", "dropped")) <= 0.01, "admitted items are answered"
     rejected_s = sorted(end.after for end in run.ends if end.how in ("rejected", "dropped"))
     assert rejected_s[int(0.99 * len(rejected_s))] <= 0.020, "the others are told at once"
@@ -62,7 +62,7 @@ def test_goodput_under_overload(times: float, peak: float) -> None:
 def test_below_the_knee() -> None:
     run = overloaded(0.9)
     assert run.share("ok") >= 0.99
-    assert run.success_of_the_longest() >= 0.98
+    assert run.longest_in_time() >= 0.98
 
 
 @given(

@@ -230,9 +230,9 @@ class History(RuleBasedStateMachine):
         left = [i for i in alive if i not in items and i.key == items[0].key]
         for young, old in itertools.product(items, left):
             alike = young.tokens == old.tokens
-            hasty = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens)
+            urgent = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens)
             overtaken = alike and old.arrived < young.arrived
-            assert not overtaken or hasty, "[8] equals: first come, first served"
+            assert not overtaken or urgent, "[8] equals: first come, first served"
 
     def check_continued(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
         """A step of items that go on, and of those that join them."""
@@ -247,11 +247,11 @@ class History(RuleBasedStateMachine):
         assert alive[0].key == batch.items[0].key, "[7] the oldest has another key: it is its turn next"
         left = [i for i in alive if i not in joined]
         for young, old in itertools.product(joined, left):
-            hasty = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens + 8 * 300)
-            assert old.arrived >= young.arrived or hasty, "[7] they join in order of arrival"
+            urgent = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens + 8 * 300)
+            assert old.arrived >= young.arrived or urgent, "[7] they join in order of arrival"
 
     @invariant()
-    def every_item_is_somewhere(self) -> None:
+    def check_counts(self) -> None:
         """[1, 12] Offered = ended + inside, and the queue stays in its bounds."""
         running = self.running.items if self.running else ()
         first = [i for i in running if i not in self.going_on and id(i) not in self.outcome]
@@ -502,8 +502,8 @@ def test_joining_costs_no_deadline() -> None:
     scheduler = Scheduler(Settings(timeout_ms=1000, max_batch_tokens=10_000), taught(a=0.01, b=0.001))
     scheduler.offer([item(0.0)], 0.0)
     continued(scheduler, run(scheduler, 0.0), 0.02)
-    hasty, long = item(0.02, 10, timeout=0.1), item(0.03, 300)
-    scheduler.offer([hasty], 0.02)
+    urgent, long = item(0.02, 10, timeout=0.1), item(0.03, 300)
+    scheduler.offer([urgent], 0.02)
     scheduler.offer([long], 0.03)
     assert long not in run(scheduler, 0.03).items
 

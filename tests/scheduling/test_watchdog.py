@@ -22,7 +22,7 @@ def run(seconds: float, call_s: float, cost: CostModel, **more: Any) -> tuple[Ou
     )
 
 
-class Pessimist(CostModel):
+class TooHighCost(CostModel):
     """Predicts sixty times the time for the queue, until it is released."""
 
     factor = 60
@@ -36,14 +36,14 @@ class Pessimist(CostModel):
 
 
 def test_wrong_rejections() -> None:
-    mine, oracle = run(60, 0.01, Pessimist(), rate=60, timeout=2)
+    mine, oracle = run(60, 0.01, TooHighCost(), rate=60, timeout=2)
     assert len(mine.released) == 1
     assert "refused requests could have been answered" in mine.released.pop()
     assert mine.count("ok", 30) >= 0.95 * oracle.count("ok", 30)
     assert mine.count("rejected") > 0
 
 
-class Optimist(CostModel):
+class TooLowCost(CostModel):
     """Predicts that a step takes no time, until it is released."""
 
     wrong = True
@@ -57,7 +57,7 @@ class Optimist(CostModel):
 
 
 def test_late_batches() -> None:
-    mine, oracle = run(60, 0.4, Optimist(), rate=10, timeout=1)
+    mine, oracle = run(60, 0.4, TooLowCost(), rate=10, timeout=1)
     assert any("ended after the deadlines" in why for why in mine.released)
     assert mine.count("ok", 30) >= 0.8 * oracle.count("ok", 30)
 

@@ -99,6 +99,7 @@ class SimulatedWorker:
         forget: Callable[[Action, object], None],
     ) -> None:
         self.alive = False
+        self.cause: BaseException | None = None
         self.busy = False  # from the decision for an action to its completion
         self._loop, self._clock, self._dice = loop, clock, dice
         self._handover, self._ended, self._forget = handover, ended, forget
@@ -128,7 +129,8 @@ class SimulatedWorker:
         self.alive = False
         if self._timer is not None:
             self._timer.cancel()
-        self._ended(self, cause)
+        self.cause = cause
+        self._ended(self)
 
     def _look(self) -> None:
         if not self.alive or self.busy:

@@ -3,7 +3,16 @@
 import { sum } from "./format.js";
 
 // BatchReason of records.py.
-export const REASONS = ["full", "budget", "idle", "deadline", "all_present", "retry", "drain"];
+export const REASONS = [
+  "full",
+  "budget",
+  "idle",
+  "deadline",
+  "all_present",
+  "retry",
+  "drain",
+  "continued",
+];
 export const NOT_ANSWERED = ["shed", "expired", "failed", "unavailable"];
 // With fewer answers than this, a percentile is nothing but the largest of them.
 export const MIN_SAMPLES = { p50: 2, p95: 20, p99: 100 };
