@@ -62,7 +62,7 @@ class Batcher:
         self._clock = clock
         self._supervisor = Supervisor(self._handover, make_worker, self._crashed)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._unanswered: set[Item] = set()  # the loop thread's own
+        self._unanswered: dict[Item, None] = {}  # in order of arrival; the loop thread's own
 
     # -- the loop thread -------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class Batcher:
         with self._handover.lock:
             error = self._engine.offer(items, self._clock())
             if error is None:
-                self._unanswered.update(items)
+                self._unanswered.update(dict.fromkeys(items))
                 self._handover.lock.notify()
         if error is not None:
             raise error
@@ -126,7 +126,8 @@ class Batcher:
 
     def cancel(self, items: Sequence[Item]) -> None:
         """Their clients have left: waiting ones leave the queue now, running ones end without an event."""
-        self._unanswered.difference_update(items)
+        for item in items:
+            self._unanswered.pop(item, None)
         with self._handover.lock:
             self._engine.cancel(items)
             self._handover.lock.notify()
@@ -191,7 +192,7 @@ class Batcher:
         self._supervisor.stopping = True
         self._handover.release()
         if not self._supervisor.alive:
-            self._handover.model = None
+            self._handover.finish()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the model thread's end, after `release`. Returns whether it has ended."""
@@ -242,7 +243,7 @@ class Batcher:
         with self._handover.lock:
             self._engine.evict()
             self._handover.lock.notify()
-        unanswered, self._unanswered = self._unanswered, set()
+        unanswered, self._unanswered = self._unanswered, {}
         for item in unanswered:
             item.payload.emit(Failed(error))
 
@@ -259,5 +260,5 @@ class Batcher:
         finally:
             for item, event in output.events:
                 if not isinstance(event, Chunk):
-                    self._unanswered.discard(item)
+                    self._unanswered.pop(item, None)
                 item.payload.emit(event)

@@ -11,6 +11,7 @@ Not here: the jobs of the clients (`batching.py`), what happens next (`engine.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -102,6 +103,13 @@ class Handover:
             self.engine.stop()
             self.engine.evict()
             self.lock.notify()
+
+    def finish(self) -> None:
+        """Give back what the items hold, and let the model go. Only where no worker does: after its end."""
+        with contextlib.suppress(Stopping):  # what is left besides is of no use to a client
+            while not isinstance(action := self.look(), Exit | Sleep):
+                self.complete(action, self.perform(action))
+        self.model = None
 
     def status(self, alive: bool) -> CoreStatus:
         """What the core knows now; `alive`: whether a worker runs. Any thread."""
@@ -287,6 +295,8 @@ class Supervisor:
 
     def _report_end(self, worker: Worker) -> None:
         """Let the loop thread know that a worker has ended. On the worker."""
+        if self._handover.released:
+            self._handover.finish()
         self.post(self._note_end, worker)
 
     def _note_end(self, worker: Worker, at_least_s: float = 0.0) -> None:
@@ -297,7 +307,6 @@ class Supervisor:
             return  # already dealt with
         handover = self._handover
         if self.stopping and (worker.cause is None or handover.released):
-            handover.model = None
             self.ended.set()
             return
         handover.running = None
@@ -307,7 +316,6 @@ class Supervisor:
             pause_s = max(handover.engine.breaker.pause_s(now), at_least_s)
             output = handover.engine.take()
         if self.stopping:
-            handover.model = None
             self.ended.set()
         else:
             self._restart = self._loop.call_later(pause_s, self._spawn)

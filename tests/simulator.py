@@ -73,7 +73,7 @@ class State:
 
 
 class SimulatedModel:
-    """Answers its queries' numbers; its mood changes with the time."""
+    """Answers the numbers of its queries, unless `behaviour`, which changes with the time, says otherwise."""
 
     name, task_name, device, media = "simulated", "function", "cpu", False
     notes: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class SimulatedModel:
         self.play, self._dice, self._retry = play, dice, retry
         self.example = Input(Query(-1, 3), {}) if dice.random() < 0.6 else None
         self.a_s, self.b_s = dice.choice([1e-4, 0.01, 0.3]), dice.choice([0.0, 1e-5, 1e-3])
-        self.mood = "ok"
+        self.behaviour = "ok"
         self.fits = self.least_fits = 10**9  # padded tokens
         self.cause = Cause.NONE  # of the last step
         self.held: set[int] = set()
@@ -120,15 +120,15 @@ class SimulatedModel:
             again = state.tried == state.steps_done
             self.play.check(self._retry or not again, "an input runs again without retry")
             state.tried = state.steps_done
-        if self.mood == "hangs":
+        if self.behaviour == "hangs":
             took += self._dice.choice([1.0, 20.0, 100.0])
         self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
         self.cause = cause = self._why_not(states, padded)
         if padded > self.fits or any(state.query.bad == "memory" for state in states):
             raise MemoryError
-        if self.mood == "lost":
+        if self.behaviour == "lost":
             raise RuntimeError("CUDA error: device-side assert triggered")
-        if self.mood == "miscounts" and cause is Cause.MOOD:
+        if self.behaviour == "miscounts" and cause is Cause.BEHAVIOUR:
             return []
         if cause is not Cause.NONE:
             raise RuntimeError("step")
@@ -147,8 +147,8 @@ class SimulatedModel:
     def _why_not(self, states: Sequence[State], padded: int) -> Cause:
         if padded > self.fits:
             return Cause.MEMORY
-        if self.mood in ("raises", "lost") or (self.mood == "miscounts" and len(states) > 1):
-            return Cause.MOOD
+        if self.behaviour in ("raises", "lost") or (self.behaviour == "miscounts" and len(states) > 1):
+            return Cause.BEHAVIOUR
         return Cause.QUERY if any(state.query.bad in ("memory", "step") for state in states) else Cause.NONE
 
     def finish(self, prepared: Prepared[State], output: int) -> int:
@@ -219,10 +219,10 @@ class Play:
         await self._replace()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._disturb(group))
-            for number in range(self.dice.choice([1, 5, 20, 60])):
+            for number in range(self.dice.choice([1, 5, 15, 40])):
                 group.create_task(self._client(number))
         for service, model in zip(self.services, self.models, strict=True):
-            model.mood, model.fits = "ok", 10**9
+            model.behaviour, model.fits = "ok", 10**9
             if service is self.services[-1]:
                 await self._check_idle()
         await self.services[-1].stop(60.0)
@@ -267,11 +267,13 @@ class Play:
         while self.loop.now < end:
             await asyncio.sleep(dice.expovariate(1.0))
             service, model = self.services[-1], self.models[-1]
-            what = dice.choice(["mood", "mood", "mood", "tune", "tune", "memory", "die", "replace"])
+            what = dice.choice(
+                ["behaviour", "behaviour", "behaviour", "tune", "tune", "memory", "die", "replace"]
+            )
             self._say(what)
-            if what == "mood":
-                moods = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.3)
-                model.mood = dice.choice(moods)
+            if what == "behaviour":
+                behaviours = ["ok"] * 6 + ["raises", "hangs", "miscounts"] + ["lost"] * (dice.random() < 0.3)
+                model.behaviour = dice.choice(behaviours)
             elif what == "memory":
                 model.fits = dice.choice([10, 100, 10**9])
                 model.least_fits = min(model.least_fits, model.fits)

@@ -90,7 +90,7 @@ def _done_twice(take: Callable[..., Output], self: Engine) -> Output:
     return Output([*output.events, *again], output.records)
 
 
-def _end_in_silence(end: Callable[..., None], self: Any, items: Sequence[Item], error: object) -> None:
+def _end_in_silence(end: Callable[..., None], self: Any, items: Sequence[Item], *told: object) -> None:
     for item in items:
         self._release(item)
 

@@ -272,7 +272,8 @@ class _FailedStep:
         Without a retry it is not known whether each does, and assumed.
         """
         several = [part for part in self._did_not_fit if len(part.items) > 1]
-        together = [part for part in several if not self._retry or self.failed_items.isdisjoint(part.items)]
+        fit_alone = self._settled - self.failed_items
+        together = [part for part in several if not self._retry or fit_alone.issuperset(part.items)]
         return min(together, key=lambda part: part.padded_tokens, default=None)
 
     def _wanted(self, items: Sequence[Item], now: float) -> list[Item]:

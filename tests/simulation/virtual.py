@@ -99,6 +99,7 @@ class SimulatedWorker:
         forget: Callable[[Action, object], None],
     ) -> None:
         self.alive = False
+        self.cause: BaseException | None = None
         self.busy = False  # from the decision for an action to its completion
         self._loop, self._clock, self._dice = loop, clock, dice
         self.cause: BaseException | None = None

@@ -47,7 +47,7 @@ class Cause(Enum):
 
     NONE = "none"
     QUERY = "query"  # one of its items
-    MOOD = "mood"
+    BEHAVIOUR = "behaviour"
     MEMORY = "memory"
 
 
@@ -193,7 +193,7 @@ class Watch:
             if items:
                 self.loop.call_soon(self._check_told, items)
 
-        def watched_crashed(cause: BaseException | None, now: float) -> ServingError:
+        def watched_crashed(cause: BaseException, now: float) -> ServingError:
             self._raised = self._too_much = None
             failed: ServingError = crashed(cause, now)
             return failed
@@ -367,7 +367,7 @@ class Watch:
         self.items += len(items)
         if any(isinstance(each, Answered | More) for each in executed.results):
             self._streak, self._shut_until = 0, -math.inf
-        if cause is Cause.MOOD or cause is Cause.MEMORY:
+        if cause is Cause.BEHAVIOUR or cause is Cause.MEMORY:
             self._excused.update(items)
         else:
             self._excused.difference_update(items)
