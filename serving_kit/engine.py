@@ -61,7 +61,7 @@ from serving_kit.failures.recovery import (
     recover,
 )
 from serving_kit.items import Drop, Item, ItemState, padded
-from serving_kit.model import AnyPrepared, FailureKind, Input, More
+from serving_kit.model import AnyPrepared, FailureKind, Input, More, Prepared
 from serving_kit.records import (
     BatchReason,
     BatchRecord,
@@ -99,6 +99,7 @@ class Engine:
         self._canary = canary
         self._retry = retry
         self._stopping = False
+        self._released = False  # nothing is left to do but to give back what items hold
         self._recovery: Recovery | None = None
         self._request: Request | None = None  # what the recovery asks the worker for
         self._failed_step: Step | None = None  # that the recovery is for; None: it is for single items
@@ -134,6 +135,12 @@ class Engine:
     def stop(self) -> None:
         """The same, and `next` returns `Exit` once all of it has ended."""
         self._stopping = self.scheduler.draining = True
+
+    def release(self) -> None:
+        """End everything without an event; `next` only gives back what items hold, and ends."""
+        self._released = True
+        self.stop()
+        self.evict()
 
     def evict(self) -> None:
         """End everything without an event: its owner answers."""
@@ -172,6 +179,8 @@ class Engine:
 
     def next(self, now: float) -> Action:
         """What to do at `now`. It is performed before the next call, unless it is `Sleep` or `Exit`."""
+        if self._released:
+            return self._release_now() if self._to_release else Exit()
         while isinstance(self._request, Rerun) and not _is_any_wanted(self._request.items, now):
             self._resume(Reply(now, skipped=True), now)
         if self._request is not None:
@@ -202,6 +211,9 @@ class Engine:
             result: What came of it; see `actions.py`.
             now: When.
         """
+        if self._released:
+            self._completed_after_release(action, result)
+            return
         if isinstance(action, Step):
             assert isinstance(result, Executed)
             self._step_completed(action, result, now)
@@ -217,6 +229,15 @@ class Engine:
                 self._resume(Reply(now), now)
         if self._recovery is None:
             self._errors.clear()
+
+    def _completed_after_release(self, action: Action, result: object) -> None:
+        """An action has outlived its clients: it is recorded, and nothing follows from it."""
+        if isinstance(action, Prepare) and isinstance(result, list):
+            self._to_release += [each for each in result if isinstance(each, Prepared)]
+        elif isinstance(action, Step) and isinstance(result, Executed):
+            self._records.append(_batch_record(action, result))
+            self._report([*result.unreleased, *([result.failure] if result.failure else [])])
+        self._errors.clear()
 
     # -- inside: steps ---------------------------------------------------------------------------
 

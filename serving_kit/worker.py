@@ -100,8 +100,7 @@ class Handover:
         """End everything; the worker gives back what the items hold, drops the model and ends. Any thread."""
         self.released = True
         with self.lock:
-            self.engine.stop()
-            self.engine.evict()
+            self.engine.release()
             self.lock.notify()
 
     def finish(self) -> None:
