@@ -320,7 +320,7 @@ class Engine:
     # -- inside: recovery ------------------------------------------------------------------------
 
     def _recover(self, step: Step, failure: Failure, now: float) -> None:
-        self._failed_step = step
+        self._failed_step, self._continuing = step, []
         # Without a canary, many failing items in a batch must not end the bisection before the others are
         # found. Once the breaker has opened it is short: the model may well be broken.
         canary = self._canary is not None

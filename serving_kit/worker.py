@@ -294,9 +294,11 @@ class Supervisor:
 
     def _report_end(self, worker: Worker) -> None:
         """Let the loop thread know that a worker has ended. On the worker."""
-        if self._handover.released:
-            self._handover.finish()
-        self.post(self._note_end, worker)
+        try:
+            if self._handover.released:
+                self._handover.finish()
+        finally:  # whatever that raises, the clients must get their ends
+            self.post(self._note_end, worker)
 
     def _note_end(self, worker: Worker, at_least_s: float = 0.0) -> None:
         """A worker has ended. Unless it was to end: end its jobs, and start another."""

@@ -113,7 +113,7 @@ MUTANTS = {
     "answers are lost": (_wrap(Engine, "take", _never_done), "without an event"),
     "answers come twice": (_wrap(Engine, "take", _done_twice), "after the end"),
     "what is dropped gets no event": (_wrap(Engine, "_end", _end_in_silence), "without an event"),
-    "a crash is told to nobody": (
+    "a crash ends no job": (
         _wrap(Batcher, "_crashed", lambda crashed, self, failed, output: self._receive(output)),
         "its client not told",
     ),

@@ -1,14 +1,12 @@
 """Images and sound over HTTP: bytes and base64 are read; no string is ever opened or fetched."""
 
 import base64
-import http.server
 import io
 import json
 import struct
-import threading
 import wave
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +83,6 @@ def test_sound_comes_as_wav(serve: Serve, task: str) -> None:
     stereo = np.repeat(samples, 2)
     assert httpx.post(url, content=wav(stereo, channels=2)).json() == want
     assert httpx.post(url, content=wav(samples, rate=8000)).status_code == 422
-
-
-@pytest.fixture
-def fetched() -> Iterator[tuple[str, list[str]]]:
-    """An address on this machine with an image, and who has asked for it."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(image_file())
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/cat.png", asked
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("task", [*IMAGE_TASKS, *SOUND_TASKS])

@@ -1,7 +1,6 @@
 """No string from a client is opened as a file or fetched as a URL, by any pipeline that transformers has."""
 
 import copy
-import http.server
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -44,28 +43,6 @@ def opened() -> Iterator[list[str]]:
     _watching.set()
     yield _opened
     _watching.clear()
-
-
-@pytest.fixture
-def fetched() -> Iterator[tuple[str, list[str]]]:
-    """An address on this machine with an image, and the paths that were asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(image_file())
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/canary.png", asked
-        server.shutdown()
-        thread.join()
 
 
 def strings(canary: Path, address: str) -> list[Any]:

@@ -65,4 +65,11 @@ def test_wake(publish, monkeypatch):
 
 
 def test_stop_before_the_first_tick(publish):
-    publish(lambda: pytest.fail("it ticked")).stop(5)
+    ticks = []
+
+    def tick():
+        ticks.append(1)
+        return Tick(0, active=True)
+
+    publish(tick).stop(5)
+    assert ticks == []
