@@ -56,12 +56,12 @@ def step(model: Model, items: Sequence[Item], clock: Callable[[], float]) -> Exe
             )
     except BaseException as error:
         return Executed(started, clock(), failure=_failure(model, error, items))
-    ended = clock()
     finished = [_finish(model, item, result) for item, result in zip(items, results, strict=True)]
     over = [
         part.prepared for part, result in zip(parts, finished, strict=True) if not isinstance(result, More)
     ]
-    return Executed(started, ended, finished, unreleased=release(model, over))
+    # Making the answers is part of what a step costs, and the next one waits for it.
+    return Executed(started, clock(), finished, unreleased=release(model, over))
 
 
 def run_canary(model: Model, example: Input) -> bool:

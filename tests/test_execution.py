@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from serving_kit import execution
 from serving_kit.actions import Answered, Canary, Executed, Free, Prepare, Release, Step
 from serving_kit.errors import InputRejected
 from serving_kit.execution import perform
@@ -129,6 +130,19 @@ def test_mixed_results() -> None:
     assert isinstance(odd, Failure)
     released = {payload.value for payload in model.released}
     assert released == {"a", "c", "d"}, "what goes on keeps its cache"
+
+
+def test_finish_takes_time() -> None:
+    """The next step waits for it, so it is part of what this one costs."""
+    model, now = Echo(), [0.0]
+
+    def finish(prepared: object, output: object) -> object:
+        now[0] += 5.0
+        return output
+
+    model.finish = finish  # type: ignore[method-assign]
+    executed = execution.step(model, [running("a"), running("b")], lambda: now[0])
+    assert (executed.started, executed.ended) == (0.0, 10.0)
 
 
 def test_finish_that_raises() -> None:
