@@ -76,7 +76,8 @@ def test_below_the_knee() -> None:
 def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float, b: float, most: int) -> None:
     """[11] Bursts, a cost that is known exactly, texts of which none takes a third of the timeout.
 
-    The first ten bursts teach what such texts cost together, and how much time to keep in reserve.
+    The first ten bursts teach what such texts cost together, and how much time to keep in reserve. Items that
+    are admitted without a price do not count: the queue was idle, or the cost had just been released.
     """
     timeout = steps * (a + b * 300)
     scheduler = Scheduler(Settings(max_batch_size=most, timeout_ms=timeout * 1000), known_cost(a, b))
@@ -87,10 +88,10 @@ def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float,
             item = Item(now, now + timeout, tokens)
             if scheduler.offer([item], now) is None:
                 scheduler.ready(item, tokens, "g")
-                admitted += burst >= 10
+                admitted += burst >= 10 and item.priced
         while scheduler.queue_depth:
             decision = scheduler.poll(now)
-            dropped += len(decision.dropped) * (burst >= 10)
+            dropped += sum(item.priced for item, _ in decision.dropped) * (burst >= 10)
             if decision.batch is not None:
                 now += a + b * decision.batch.padded_tokens
                 trusted = scheduler.cost.trusted  # else it has just been released
@@ -98,9 +99,9 @@ def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float,
                 assert not trusted or all(each.deadline >= now for each in decision.batch.items)
             elif decision.wake_at is not None:
                 now = decision.wake_at
-    # The reserve is learned from drops: 6 of them take it from its first value to its bound, and in small
-    # samples they count.
-    assert dropped <= 0.05 * admitted + 6
+    # The reserve is learned from drops: 6 of them take it from its first value to its bound, and what is
+    # forgotten meanwhile is learned again. In small samples they count.
+    assert dropped <= 0.05 * admitted + 9
 
 
 @given(
