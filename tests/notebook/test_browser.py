@@ -98,7 +98,7 @@ NOTEBOOKS = {
     "panel": [SERVE, "server", "time.sleep(6)", "going.clear(); server.stop()", "server"],
     # To be run all at once: the panel is followed by cells that keep the kernel busy from its first moment.
     "overload": [f"{SERVE}\nserver.stop()\n{OVERLOAD}", "server", WORSE, "going.clear()\nserver"],
-    "all": [SERVE, "server", "time.sleep(10)", "import asyncio\nawait asyncio.sleep(8)"],
+    "all": [SERVE, "server", "time.sleep(10)", "import asyncio\nawait asyncio.sleep(12)"],
 }
 
 
@@ -197,9 +197,9 @@ def read(panel, name):
 def until(page, condition, seconds=10.0):
     """Wait on the browser's own clock: playwright handles no event during time.sleep."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not (met := condition()) and time.monotonic() < deadline:
         page.wait_for_timeout(50)
-    return condition()
+    return met
 
 
 def setting(url, name="max_batch_size"):
@@ -211,11 +211,13 @@ def settled(page, panel, url):
     field = panel.get_by_label("max_batch_size, items")
 
     def agreed():
-        said = panel.get_by_text(f"max_batch_size {setting(url)}: in force since").count()
-        return said and field.input_value() == str(setting(url))
+        value = setting(url)
+        said = panel.get_by_text(f"max_batch_size {value}: in force since").count()
+        return said and field.input_value() == str(value) and value
 
-    assert until(page, agreed)
-    return setting(url)
+    value = until(page, agreed)
+    assert value
+    return value
 
 
 def drag(page, slider, to):
@@ -369,7 +371,7 @@ def test_run_all_and_no_kernel(lab):
         assert until(page, lambda: setting(url) > moved + 10, seconds=3)
         settled(page, panel, url)
         assert running(3)
-        assert until(page, lambda: not running(3))
+        assert until(page, lambda: not running(3), seconds=20)
 
         # The static card is there, but out of sight for as long as the panel lives.
         card = page.locator(".jp-OutputArea [data-serving-kit]")
