@@ -18,8 +18,9 @@ The rules, in the order in which they decide:
 2. The oldest live item is in every batch, so none starves. Items of another key never join it.
 3. The other items are chosen by length: the cheapest cut of the waiting items into batches (`grouping.py`).
 4. An item that is expired, or cannot be answered in time by its own batch, never starts.
-5. Items that go on after a step are in every following step. Waiting ones join them where sequences and
-   tokens allow it, the oldest first. If the oldest has another key, none joins until it can start.
+5. Items that go on after a step are in every following step that has room for them, the oldest first. Waiting
+   ones join them where sequences and tokens allow it, the oldest first, and without making the step too long
+   for one that has joined. If the oldest has another key, none joins until it can start.
 
 Not here: sleeping and threads (`batching.py`), what follows from a failure (`engine.py`).
 """

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serving_kit.items import Drop, Item, ItemState
+from serving_kit.items import Drop, Item, ItemState, padded
 from serving_kit.records import BatchReason
 from serving_kit.scheduling.admission import Rejected, step_limit_s
 from serving_kit.scheduling.cost import CostModel
@@ -237,7 +237,10 @@ class History(RuleBasedStateMachine):
     def check_continued(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
         """A step of items that go on, and of those that join them."""
         oldest_first = sorted(self.going_on, key=lambda i: i.arrived)
-        assert set(oldest_first[: knobs.max_batch_size]) <= set(batch.items), "they are in every step"
+        kept = [i for i in oldest_first if i in batch.items]
+        assert kept == oldest_first[: len(kept)] != [], "they are in every step, the oldest first"
+        if len(kept) < min(len(oldest_first), knobs.max_batch_size):
+            assert padded(oldest_first[: len(kept) + 1]) > budget, "they are in every step that has room"
         assert batch.reason is BatchReason.CONTINUED
         assert len(batch.items) <= knobs.max_batch_size, "[2]"
         joined = [i for i in batch.items if i not in self.going_on]
@@ -247,7 +250,9 @@ class History(RuleBasedStateMachine):
         assert alive[0].key == batch.items[0].key, "[7] the oldest has another key: it is its turn next"
         left = [i for i in alive if i not in joined]
         for young, old in itertools.product(joined, left):
-            urgent = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens + 8 * 300)
+            # An older one is passed over if it, or one that has joined before, would be too late with it.
+            end = self.now + self.scheduler.cost.high(batch.padded_tokens + 8 * 300)
+            urgent = any(each.deadline < end for each in (old, *joined))
             assert old.arrived >= young.arrived or urgent, "[7] they join in order of arrival"
 
     @invariant()
