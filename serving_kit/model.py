@@ -37,11 +37,27 @@ class Work(NamedTuple):
     sequences: int = 1
     longest: int = 1  # tokens of its longest sequence
     context_tokens: int = 0  # in its cache, read by the step and not computed again
+    packed_tokens: int | None = None  # of all its sequences, added up; None: sequences x longest
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model computes for the item alone: sequences x longest."""
+        """Tokens that a model computes for the item alone if it pads: sequences x longest."""
         return self.sequences * self.longest
+
+    def computed(self, *, packed: bool) -> int:
+        """Tokens that a model computes for the item alone: without padding if it packs."""
+        return self.tokens if self.packed_tokens is None or not packed else self.packed_tokens
+
+
+def computed_tokens(items: Iterable[int], *, packed: bool) -> int:
+    """Tokens that a model computes in one step: added up if it packs, else items x longest; 0 for none.
+
+    Args:
+        items: Tokens of each item.
+        packed: Whether the model needs no padding.
+    """
+    tokens = list(items)
+    return sum(tokens) if packed else len(tokens) * max(tokens, default=0)
 
 
 def padded_tokens(items: Iterable[int]) -> int:
@@ -50,8 +66,7 @@ def padded_tokens(items: Iterable[int]) -> int:
     Args:
         items: Tokens of each item.
     """
-    tokens = list(items)
-    return len(tokens) * max(tokens, default=0)
+    return computed_tokens(items, packed=False)
 
 
 class Prepared(NamedTuple, Generic[P]):
@@ -122,11 +137,26 @@ class Limit(NamedTuple):
     reason: str
 
 
+class Layout(NamedTuple):
+    """How a model lays out the items of a step, and why so.
+
+    Packed: one after another in one row, so that a step costs the sum of their tokens. Padded: one row for
+    each sequence, as long as the longest.
+    """
+
+    packed: bool = False
+    reason: str = ""
+
+
+PADDED = Layout()
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model can do at most."""
+    """What a model can do at most, and what it computes of a step."""
 
     max_batch_size: Limit | None = None  # items in one step; None: any number
+    layout: Layout = PADDED
 
 
 class Model(Protocol):
