@@ -120,7 +120,7 @@ class PipelineModel:
     def finish(self, prepared: Prepared[Tokenised], output: Output) -> object:
         """Turn one output into what `pipe(value)` returns. Model thread."""
         given, steps = prepared.payload, self.steps
-        own = steps.without_padding(self.pipe, output, given.tokens)
+        own = steps.own_output(self.pipe, output, given.tokens, given.parameters)
         return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), given.parameters)
 
     def release(self, prepared: Prepared[Tokenised]) -> None:

@@ -19,6 +19,7 @@ from serving_kit.errors import InputRejected
 from serving_kit.model import Input
 from serving_kit.models.mask_head import mask_head
 from serving_kit.models.pipes import Chunk, Collate, Output, Parameters, Pipe, Runner, tokenizer_of
+from serving_kit.models.pooling import pooled
 
 _MAX_FILLS = 5_000  # each one is the whole text once more: 5,000 of 500 tokens take about a second
 
@@ -57,8 +58,15 @@ class TaskSteps:
         """A faster way to the same outputs, tried on this model; None: there is none. May hook modules."""
         return None
 
-    def without_padding(self, pipe: Pipe, output: Output, tokens: int) -> Output:
-        """The output for the input's own tokens only."""
+    def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
+        """What `pipe.postprocess` is given: the output for the input's own tokens only.
+
+        Args:
+            pipe: The pipeline.
+            output: Of one input of a batch, with rows for its padding.
+            tokens: The input's own.
+            parameters: As the client set them.
+        """
         return output
 
     def answer(self, answer: object, parameters: Parameters) -> object:
@@ -112,15 +120,22 @@ class ZeroShotClassification(TaskSteps):
 
 
 class FeatureExtraction(TaskSteps):
-    """A batch has rows of features for its padding too."""
+    """A batch has rows of features for its padding too. They may be pooled into one vector for each text."""
 
-    def without_padding(self, pipe: Pipe, output: Output, tokens: int) -> Output:
-        """Features of shape (1, tokens, hidden), in a tuple as the pipeline gives them."""
+    def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
+        """Features of shape (1, tokens, hidden), pooled (1, 1, hidden), in a tuple as the pipeline does."""
         features = output[0]
-        if features.ndim < 3 or features.shape[1] <= tokens:
-            return output
-        left = tokenizer_of(pipe).padding_side == "left"
-        return (features[:, -tokens:] if left else features[:, :tokens],)
+        if features.ndim == 3 and features.shape[1] > tokens:
+            left = tokenizer_of(pipe).padding_side == "left"
+            features = features[:, -tokens:] if left else features[:, :tokens]
+        pooling = parameters.get("pooling")
+        if pooling is None and not parameters.get("normalize"):
+            return (features,)
+        return (pooled(features, str(pooling or "none"), normalize=bool(parameters.get("normalize"))),)
+
+    def answer(self, answer: object, parameters: Parameters) -> object:
+        """One vector instead of a list of vectors, where they are pooled."""
+        return cast("list[list[object]]", answer)[0][0] if parameters.get("pooling") else answer
 
 
 class TextGeneration(TaskSteps):

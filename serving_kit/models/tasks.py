@@ -23,6 +23,7 @@ from typing import Any
 from serving_kit.errors import MalformedRequest, StartError
 from serving_kit.models import media
 from serving_kit.models.pipes import Pipe
+from serving_kit.models.pooling import POOLINGS
 from serving_kit.values import (
     Flag,
     Members,
@@ -143,7 +144,13 @@ TASKS: Mapping[str, Task] = {
         required=("candidate_labels",),
     ),
     "feature-extraction": Task(
-        "FeatureExtractionPipeline", {"truncation": Flag(), "tokenize_kwargs": Members(members=_TRUNCATION)}
+        "FeatureExtractionPipeline",
+        {
+            "truncation": Flag(),
+            "tokenize_kwargs": Members(members=_TRUNCATION),
+            "pooling": Text(choices=POOLINGS),
+            "normalize": Flag(),
+        },
     ),
     "text-generation": Task("TextGenerationPipeline", _GENERATION),
     "text-to-audio": Task("TextToAudioPipeline", batches=False),
