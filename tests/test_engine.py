@@ -89,7 +89,7 @@ def test_record_of_a_step() -> None:
     bed.offer("a", "bbb", "c")
     bed.settle()
     first, second = bed.batches
-    assert (first.size, first.tokens, first.padded_tokens) == (2, 4, 6)
+    assert (first.size, first.tokens, first.computed_tokens) == (2, 4, 6)
     assert (first.reason, first.left_waiting, first.ok) == (BatchReason.FULL, 1, True)
     assert (first.started, first.finished, second.oldest_wait_s) == (0.0, 1.0, 1.0)
 
@@ -418,7 +418,7 @@ def test_transient_failure_is_recorded() -> None:
 
 def test_released_cost_is_recorded() -> None:
     class TooLowCost(CostModel):
-        def seconds(self, padded_tokens: float) -> float:
+        def seconds(self, computed_tokens: float) -> float:
             return 1e-6
 
     bed = Bed(max_batch_size=1, timeout_ms=10_000)

@@ -35,14 +35,14 @@ def day_at_full_load(capacity: int, length: int, seconds: float = 86_400) -> tup
         batch = scheduler.poll(now).batch
         assert batch is not None
         scheduler.finished(now, ok=True)
-        if batch.padded_tokens > capacity:
+        if batch.computed_tokens > capacity:
             exceeded += 1
-            least = batch.padded_tokens
+            least = batch.computed_tokens
             while least / 2 > capacity:
                 least //= 2
             scheduler.memory_limit.exceeded(length, least, now)
         else:
-            shares.append(batch.padded_tokens / capacity)
+            shares.append(batch.computed_tokens / capacity)
         now += 30.0
     return exceeded, sum(shares) / len(shares)
 
@@ -94,7 +94,7 @@ def test_no_batch_exceeds_it(lengths: list[int], exceeded: list[tuple[int, int]]
     assert batch is not None
     assert oldest in batch.items
     longest = max(item.tokens for item in batch.items)
-    assert len(batch.items) == 1 or batch.padded_tokens <= scheduler.memory_limit.limit(longest, 0.0)
+    assert len(batch.items) == 1 or batch.computed_tokens <= scheduler.memory_limit.limit(longest, 0.0)
 
 
 def test_items_that_go_on_keep_the_others_out() -> None:

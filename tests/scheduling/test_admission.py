@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving_kit.items import Drop, Item
+from serving_kit.items import Item
+from serving_kit.records import Drop
 from serving_kit.scheduling import grouping
 from serving_kit.scheduling import scheduler as scheduler_module
 from serving_kit.scheduling.admission import Rejected
