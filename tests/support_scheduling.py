@@ -90,8 +90,8 @@ def lognormal(dice: random.Random) -> Callable[[], int]:
 class TrueCost(CostModel):
     """A cost model that knows the truth at every moment and learns nothing: the oracle."""
 
-    def __init__(self, a: float, b: float) -> None:
-        super().__init__()
+    def __init__(self, a: float, b: float, *, packed: bool = False) -> None:
+        super().__init__(packed=packed)
         for tokens in (1, 1024) * 500:
             super().observe(tokens, a + b * tokens)
         self.largest = math.inf
