@@ -364,7 +364,10 @@ class Scheduler:
             items.append(item)
             tokens += item.tokens
             urgent = min(urgent, item, key=_deadline)
-        return items, BatchReason.FULL if len(items) == most else BatchReason.IDLE
+        if len(items) == most:
+            return items, BatchReason.FULL
+        is_full = tokens + tokens / len(items) > bound  # one more of their mean length
+        return items, BatchReason.BUDGET if is_full else BatchReason.IDLE
 
     def _computed(self, items: Sequence[Item]) -> int:
         return computed(items, packed=self.layout.packed)

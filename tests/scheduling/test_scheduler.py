@@ -397,8 +397,9 @@ def test_a_full_batch_does_not_wait() -> None:
     assert run(scheduler, 0.0).reason is BatchReason.FULL
 
 
-def test_no_tokens_left_does_not_wait() -> None:
-    scheduler = Scheduler(Settings(max_wait_ms=1000, max_batch_tokens=25))
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
+def test_no_tokens_left_does_not_wait(layout: Layout) -> None:
+    scheduler = Scheduler(Settings(max_wait_ms=1000, max_batch_tokens=25), layout=layout)
     scheduler.offer([item(0.0, 10), item(0.0, 10)], 0.0)
     assert run(scheduler, 0.0).reason is BatchReason.BUDGET
 
@@ -438,6 +439,15 @@ def test_without_grouping_it_is_fifo() -> None:
     scheduler = Scheduler(Settings(group_by_length=False, max_batch_size=3), taught())
     scheduler.offer([item(t / 1000, n) for t, n in enumerate([8, 400, 9, 380])], 0.01)
     assert [i.tokens for i in run(scheduler, 0.01).items] == [8, 400, 9]
+
+
+def test_a_pack_is_in_order_of_arrival() -> None:
+    """Whatever `group_by_length` says, and up to the sum of the lengths."""
+    scheduler = Scheduler(Settings(group_by_length=True, max_batch_tokens=800), layout=PACKED)
+    scheduler.offer([item(t / 1000, n) for t, n in enumerate([8, 400, 9, 380, 4, 1])], 0.01)
+    batch = run(scheduler, 0.01)
+    assert [i.tokens for i in batch.items] == [8, 400, 9, 380]
+    assert (batch.computed_tokens, batch.reason) == (797, BatchReason.BUDGET)
 
 
 def test_other_parameters_other_batch() -> None:
