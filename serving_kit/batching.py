@@ -104,11 +104,12 @@ class Batcher:
         most = self._engine.scheduler.settings.max_queue_size
         if len(inputs) > most:
             raise RequestTooLarge(f"{len(inputs)} inputs in one request; the most is {most} (max_queue_size)")
+        packed = self._engine.scheduler.layout.packed
         items = [
             Item(
                 arrived,
                 deadline,
-                max(1, model.estimate(given.value).tokens),
+                max(1, model.estimate(given.value).computed(packed=packed)),
                 given,
                 Job(loop.create_future()),
                 stream_deadline=stream_deadline,
@@ -124,12 +125,17 @@ class Batcher:
             raise error
         return items
 
-    def cancel(self, items: Sequence[Item]) -> None:
-        """Their clients have left: waiting ones leave the queue now, running ones end without an event."""
+    def cancel(self, items: Sequence[Item], *, expired: bool = False) -> None:
+        """Their clients have left: waiting ones leave the queue now, running ones end without an event.
+
+        Args:
+            items: What they had asked for.
+            expired: Whether their time was up, and their clients were told so.
+        """
         for item in items:
             self._unanswered.pop(item, None)
         with self._handover.lock:
-            self._engine.cancel(items)
+            self._engine.cancel(items, self._clock() if expired else None)
             self._handover.lock.notify()
 
     async def stop(self, drain_s: float) -> bool:

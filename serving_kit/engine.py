@@ -60,13 +60,15 @@ from serving_kit.failures.recovery import (
     attribute,
     recover,
 )
-from serving_kit.items import Drop, Item, ItemState, padded
-from serving_kit.model import AnyPrepared, FailureKind, Input, More, Prepared
+from serving_kit.items import Item, ItemState, computed
+from serving_kit.model import AnyPrepared, FailureKind, Input, More, Prepared, Work
 from serving_kit.records import (
     BatchReason,
     BatchRecord,
     BreakerRecord,
     CostReleasedRecord,
+    Drop,
+    DropRecord,
     FailureRecord,
     Record,
 )
@@ -121,8 +123,16 @@ class Engine:
         rejected = self.scheduler.offer(items, now)
         return None if rejected is None else _rejection(rejected)
 
-    def cancel(self, items: Sequence[Item]) -> None:
-        """Their clients have left: waiting ones end now, those in the running step when it ends."""
+    def cancel(self, items: Sequence[Item], expired_at: float | None = None) -> None:
+        """Their clients have left: waiting ones end now, those in the running step when it ends.
+
+        Args:
+            items: All of them, ended or not.
+            expired_at: When their time was up and their clients were told so; None: it was not.
+        """
+        if expired_at is not None:
+            alive = [item for item in items if item.state is not ItemState.DONE and not item.cancelled]
+            self._record_drops(alive, Drop.EXPIRED, expired_at)
         for item in items:
             self.scheduler.cancel(item)
             if item.state is ItemState.DONE:
@@ -193,9 +203,9 @@ class Engine:
             return Prepare(fresh)
         decision = self.scheduler.poll(now)
         for item, drop in decision.dropped:
-            self._end([item], _dropped(drop, decision.retry_after_s), now)
+            self._drop([item], drop, decision.retry_after_s, now)
         if (batch := decision.batch) is not None:
-            expected_s = self.scheduler.cost.high(batch.padded_tokens)
+            expected_s = self.scheduler.cost.high(batch.computed_tokens)
             return Step(batch.items, batch.reason, batch.left_waiting, expected_s)
         if self._to_release:  # of what was dropped just now
             return self._release_now()
@@ -235,9 +245,17 @@ class Engine:
         if isinstance(action, Prepare) and isinstance(result, list):
             self._to_release += [each for each in result if isinstance(each, Prepared)]
         elif isinstance(action, Step) and isinstance(result, Executed):
-            self._records.append(_batch_record(action, result))
+            self._records.append(_batch_record(action, result, packed=self._packed))
             self._report([*result.unreleased, *([result.failure] if result.failure else [])])
         self._errors.clear()
+
+    @property
+    def _packed(self) -> bool:
+        return self.scheduler.layout.packed
+
+    def _tokens(self, work: Work) -> int:
+        """Tokens that the model computes for an item alone."""
+        return max(1, work.computed(packed=self._packed))
 
     # -- inside: steps ---------------------------------------------------------------------------
 
@@ -257,7 +275,7 @@ class Engine:
                 continue
             elif item.state is ItemState.WAITING:
                 item.prepared = result
-                self.scheduler.ready(item, max(1, result.work.tokens), result.key)
+                self.scheduler.ready(item, self._tokens(result.work), result.key)
             else:  # its client has left since
                 self._to_release.append(result)
         if failures:
@@ -269,7 +287,7 @@ class Engine:
             self._client_error(failure, alone=True)
 
     def _step_completed(self, step: Step, executed: Executed, now: float) -> None:
-        self._records.append(_batch_record(step, executed))
+        self._records.append(_batch_record(step, executed, packed=self._packed))
         self._report(executed.unreleased)
         retried, failure = step.reason is BatchReason.RETRY, executed.failure
         if failure is not None:
@@ -302,7 +320,7 @@ class Engine:
                 self._events.append((item, Done(result.answer, *item.waited_s(executed.ended))))
             elif isinstance(result, More):
                 answered = True
-                item.tokens = max(1, result.work.tokens)
+                item.tokens = self._tokens(result.work)
                 continuing.append(item)
                 if result.chunk is not None:
                     if item.stream_deadline is not None:
@@ -325,7 +343,15 @@ class Engine:
         # found. Once the breaker has opened it is short: the model may well be broken.
         canary = self._canary is not None
         thorough = not canary and not self.breaker.reason
-        recovery = recover(step.items, failure, now, has_canary=canary, retry=self._retry, thorough=thorough)
+        recovery = recover(
+            step.items,
+            failure,
+            now,
+            has_canary=canary,
+            retry=self._retry,
+            thorough=thorough,
+            packed=self._packed,
+        )
         self._begin(recovery, now)
 
     def _begin(self, recovery: Recovery, now: float) -> None:
@@ -344,7 +370,7 @@ class Engine:
             if isinstance(request, Settle):
                 self._settle(request.items, request.failure, alone=request.alone, now=now)
             elif isinstance(request, Expire):
-                self._end(request.items, _dropped(Drop.EXPIRED, None), now)
+                self._drop(request.items, Drop.EXPIRED, None, now)
             else:
                 self._request = request
                 return
@@ -354,7 +380,7 @@ class Engine:
         """A request of the recovery as an action."""
         if isinstance(request, Rerun):
             assert self._failed_step is not None
-            expected_s = self.scheduler.cost.high(padded(request.items))
+            expected_s = self.scheduler.cost.high(computed(request.items, packed=self._packed))
             return Step(request.items, BatchReason.RETRY, self._failed_step.left_waiting, expected_s)
         if isinstance(request, RunCanary):
             assert self._canary is not None
@@ -371,7 +397,7 @@ class Engine:
         for each in conclusions.attributed:
             self._record_failure(each, now)
         if (many := conclusions.too_large) is not None:
-            self.scheduler.memory_limit.exceeded(many.longest, many.padded_tokens, now)
+            self.scheduler.memory_limit.exceeded(many.longest, many.computed_tokens, now)
         if self._failed_step is not None:
             self.scheduler.finished(now, ok=False, continuing=self._continuing)
             for item in self._failed_step.items:
@@ -403,6 +429,15 @@ class Engine:
         for item in items:
             self._events.append((item, Failed(error, *item.waited_s(now))))
             self._release(item)
+
+    def _drop(self, items: Sequence[Item], drop: Drop, retry_after_s: float | None, now: float) -> None:
+        """End items that were admitted, for lack of time."""
+        self._record_drops(items, drop, now)
+        for item in items:
+            self._end([item], _dropped(drop, retry_after_s), now)
+
+    def _record_drops(self, items: Sequence[Item], drop: Drop, now: float) -> None:
+        self._records += [DropRecord(now, now - item.arrived, drop) for item in items]
 
     def _client_error(self, failure: Failure, *, alone: bool) -> ServingError:
         """What clients are told; the owner is told once for each exception."""
@@ -454,24 +489,29 @@ def _rejection(rejected: Rejected) -> ServingError:
 
 
 def _dropped(drop: Drop, retry_after_s: float | None) -> ServingError:
-    """What the client of an item is told that never ran."""
+    """What the client of an item is told that was admitted and never ran."""
+    error: ServingError
     if drop is Drop.EXPIRED:
-        return DeadlineExceeded("the request's time was up before the model was free")
-    text = "the server is overloaded: it could not be answered in time"
-    return Overloaded(text, retry_after=retry_after_s)
+        error = DeadlineExceeded("the request's time was up before the model was free")
+    else:
+        text = "the server is overloaded: it could not be answered in time"
+        error = Overloaded(text, retry_after=retry_after_s)
+    error.dropped = True
+    return error
 
 
-def _batch_record(step: Step, executed: Executed) -> BatchRecord:
+def _batch_record(step: Step, executed: Executed, *, packed: bool) -> BatchRecord:
     items = step.items
     return BatchRecord(
         started=executed.started,
         finished=executed.ended,
         size=len(items),
         tokens=sum(item.tokens for item in items),
-        padded_tokens=padded(items),
+        computed_tokens=computed(items, packed=packed),
         reason=step.reason,
         oldest_wait_s=executed.started - items[0].arrived,
         left_waiting=step.left_waiting,
         wasted=sum(item.cancelled or item.deadline < executed.ended for item in items),
         ok=executed.failure is None,
+        packed=packed,
     )

@@ -45,6 +45,7 @@ class ServingError(Exception):
         outcome: Which of the terminal outcomes this is; fixed by the class.
         incident: Id under which the owner finds the details, or None if there are none.
         detail: Text for the owner, shown to clients only with `expose_errors`.
+        dropped: Whether the request had been admitted, and ended for lack of time; not refused on arrival.
     """
 
     outcome: Outcome = Outcome.FAILED
@@ -53,6 +54,7 @@ class ServingError(Exception):
         super().__init__(message)
         self.detail = None if detail is None else shorten(detail, _LONGEST_DETAIL)
         self.incident: str | None = None
+        self.dropped = False
 
 
 class MalformedRequest(ServingError):

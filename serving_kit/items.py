@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from serving_kit.model import AnyPrepared, Input, padded_tokens
+from serving_kit.model import AnyPrepared, Input, computed_tokens
 
 _NO_INPUT = Input(None)
 
@@ -53,16 +53,9 @@ class Item:
         return self.state is ItemState.RUNNING and not self.cancelled and self.deadline > now
 
 
-class Drop(Enum):
-    """Why an admitted item left the queue without an answer."""
-
-    EXPIRED = "expired"  # its deadline passed
-    HOPELESS = "hopeless"  # it could not be answered before its deadline
-
-
-def padded(items: Sequence[Item]) -> int:
-    """Tokens that a model computes which pads these items to the longest."""
-    return padded_tokens(item.tokens for item in items)
+def computed(items: Sequence[Item], *, packed: bool) -> int:
+    """Tokens that a model computes in a step of these items."""
+    return computed_tokens((item.tokens for item in items), packed=packed)
 
 
 def longest(items: Sequence[Item]) -> int:

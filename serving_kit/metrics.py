@@ -30,10 +30,10 @@ from prometheus_client.core import (
 )
 
 from serving_kit.model import FailureKind
-from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
+from serving_kit.records import BatchReason, BatchRecord, Drop, DropRecord, Outcome, RequestRecord
 from serving_kit.status import Load, Percentiles, Second, SettingsChange, Statistics, Window
 
-E = TypeVar("E", Outcome, BatchReason, FailureKind)
+E = TypeVar("E", Outcome, BatchReason, Drop, FailureKind)
 
 HISTORY_S = 300
 WINDOW_S = 30  # percentiles and rates are over this many seconds
@@ -76,7 +76,7 @@ class Slot:
     model_time: Counter[int] = field(default_factory=Counter)  # per batch
     sizes: Counter[int] = field(default_factory=Counter)  # batch size: batches
     reasons: Counter[BatchReason] = field(default_factory=Counter)  # why they were sent: batches
-    tokens: int = 0
+    tokens: int = 0  # of models that pad
     padded_tokens: int = 0
     busy_s: float = 0.0  # in which the model ran
     depth: int = 0  # highest queue depth seen
@@ -139,6 +139,7 @@ class Metrics:
         self._faults: Counter[FailureKind] = Counter()
         self._items = 0
         self._wasted_items = 0
+        self._dropped: Counter[Drop] = Counter()
         self._latency_s = _Histogram(_SECONDS)
         self._queue_time_s = _Histogram(_SECONDS)
         self._model_time_s = _Histogram(_SECONDS)
@@ -181,14 +182,20 @@ class Metrics:
             slot.sizes[size] += 1
             slot.reasons[record.reason] += 1
             slot.model_time[bucket(model_time_s)] += 1
-            slot.tokens += record.tokens
-            slot.padded_tokens += record.padded_tokens
+            if not record.packed:
+                slot.tokens += record.tokens
+                slot.padded_tokens += record.computed_tokens
             slot.busy_s += model_time_s
             slot.last_depth = record.left_waiting
             slot.depth = max(slot.depth, record.left_waiting + size)
             slot.in_flight = max(slot.in_flight, record.left_waiting + size)
             self._model_time_s.add(model_time_s)
             self._sizes.add(size)
+
+    def add_drop(self, record: DropRecord) -> None:
+        """An admitted item has ended without an answer, for lack of time."""
+        with self._lock:
+            self._dropped[record.reason] += 1
 
     def add_failure(self, fault: FailureKind) -> None:
         """Something went wrong on the model thread."""
@@ -223,6 +230,7 @@ class Metrics:
                 faults=_by_member(FailureKind, self._faults),
                 items=self._items,
                 wasted_items=self._wasted_items,
+                dropped_items=_by_member(Drop, self._dropped),
                 window=self._window(now),
                 series=self._series(now, min(series, HISTORY_S), load or Load(0, 0)),
                 changes=tuple(SettingsChange(now - at, settings) for at, settings in self._changes)
@@ -250,6 +258,13 @@ class Metrics:
                     "kind",
                     FailureKind,
                     self._faults,
+                ),
+                _counter(
+                    "serving_kit_dropped",
+                    "Items that were admitted, and ended without an answer for lack of time.",
+                    "reason",
+                    Drop,
+                    self._dropped,
                 ),
                 CounterMetricFamily(
                     "serving_kit_wasted_items",

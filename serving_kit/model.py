@@ -209,7 +209,7 @@ class Model(Protocol):
 class Timing(NamedTuple):
     """What one step took."""
 
-    padded_tokens: int
+    computed_tokens: int
     seconds: float
 
 

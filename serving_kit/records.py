@@ -47,6 +47,13 @@ class BatchReason(StrEnum):
     CONTINUED = "continued"  # items that go on after their last step, and those that joined them
 
 
+class Drop(StrEnum):
+    """Why an item that was admitted ended without an answer, and without a failure."""
+
+    EXPIRED = "expired"  # its deadline passed, while it waited or ran
+    HOPELESS = "hopeless"  # it could no longer be answered before its deadline
+
+
 class RequestRecord(NamedTuple):
     """One finished request."""
 
@@ -75,17 +82,29 @@ class BatchRecord:
     finished: float
     size: int  # items
     tokens: int  # their lengths, added up
-    padded_tokens: int  # size x longest
+    computed_tokens: int  # size x longest; where the model packs, the same as `tokens`
     reason: BatchReason
     oldest_wait_s: float  # seconds from the oldest item's arrival to the start
     left_waiting: int  # items still queued when it started
     wasted: int  # items whose client had gone, or whose time was up, when it ended
     ok: bool
+    packed: bool = False  # the model adds no padding
 
     @property
     def model_time_s(self) -> float:
         """Seconds that the model was busy."""
         return self.finished - self.started
+
+
+class DropRecord(NamedTuple):
+    """An item that was admitted has ended without an answer: for lack of time, not by a failure.
+
+    What is refused on arrival has no such record. The request has its outcome in either case.
+    """
+
+    at: float
+    waited_s: float  # since its arrival
+    reason: Drop
 
 
 class FailureRecord(NamedTuple):
@@ -137,7 +156,7 @@ class Incident:
         return f"incident {self.id} ({self.outcome}): {self.error}\n{self.traceback}".rstrip()
 
 
-Record = RequestRecord | BatchRecord | FailureRecord | BreakerRecord | CostReleasedRecord
+Record = RequestRecord | BatchRecord | DropRecord | FailureRecord | BreakerRecord | CostReleasedRecord
 
 
 def shorten(text: str, most: int) -> str:

@@ -97,9 +97,11 @@ class Ticket:
             else f"{time_ms} ({self.limited_by})"
         )
 
-    def expired(self) -> DeadlineExceeded:
+    def expired(self, *, dropped: bool) -> DeadlineExceeded:
         """What to raise when the deadline has passed: it names the limit that applied."""
-        return DeadlineExceeded(f"the request was not answered within {self.limit_text()}")
+        error = DeadlineExceeded(f"the request was not answered within {self.limit_text()}")
+        error.dropped = dropped
+        return error
 
     def __enter__(self) -> Ticket:
         return self
@@ -158,6 +160,7 @@ class Service:
     Attributes:
         telemetry: Metrics, incidents, log, and the observers of requests and steps.
         notes: What the owner should know about how this model is served.
+        layout: Whether the model packs the items of a step, and why.
 
     Raises:
         SettingError: the settings in `given` ask this model for more than it can do, or `live_timeout_s` is
@@ -197,10 +200,11 @@ class Service:
         self.telemetry = Telemetry(name, clock)
         self.metrics, self.log = self.telemetry.metrics, self.telemetry.log
         self._reader = StatusReader(self)
-        cost = CostModel()
+        self.layout = model.limits.layout
+        cost = CostModel(packed=self.layout.packed)
         for timing in model.timings:
             cost.observe(*timing)
-        engine = Engine(Scheduler(settings, cost), canary=model.example, retry=retry)
+        engine = Engine(Scheduler(settings, cost, self.layout), canary=model.example, retry=retry)
         self.batcher = Batcher(model, engine, self.telemetry.report, clock=clock, make_worker=make_worker)
         self._tuning = threading.Lock()
 
@@ -285,7 +289,7 @@ class Service:
         try:
             items = self.batcher.submit(inputs, arrived=ticket.arrived, deadline=ticket.deadline)
         except DeadlineExceeded:  # less time than any call of the model takes
-            raise ticket.expired() from None
+            raise ticket.expired(dropped=False) from None
         ticket.items = len(items)
         loop = asyncio.get_running_loop()
         alarm = loop.call_later(
@@ -298,13 +302,13 @@ class Service:
                 ticket.note(end)
                 if isinstance(end, Failed):
                     if isinstance(end.error, DeadlineExceeded):
-                        raise ticket.expired()
+                        raise ticket.expired(dropped=True)
                     raise _located(end.error, index, len(items))
                 answers.append(end.value)
         except BaseException:
             unanswered = [item for item in items if not _has_ended(item.payload.ended)]
             if unanswered:
-                self.batcher.cancel(unanswered)
+                self.batcher.cancel(unanswered, expired=any(map(_is_too_late, unanswered)))
             raise
         finally:
             alarm.cancel()
@@ -334,7 +338,7 @@ class Service:
                 stream_deadline=ends,
             )
         except DeadlineExceeded:
-            raise ticket.expired() from None
+            raise ticket.expired(dropped=False) from None
         ticket.items = 1
         loop = asyncio.get_running_loop()
         alarm = loop.call_later(ticket.deadline - self.clock(), _time_is_up, [item])
@@ -343,7 +347,7 @@ class Service:
                 if isinstance(event, Failed):
                     ticket.note(event)
                     if isinstance(event.error, DeadlineExceeded):
-                        raise ticket.expired()
+                        raise ticket.expired(dropped=True)
                     raise event.error.with_traceback(None)  # others may share it
                 if isinstance(event, Done):
                     ticket.note(event)
@@ -355,7 +359,7 @@ class Service:
         finally:
             alarm.cancel()
             if not _has_ended(item.payload.ended):
-                self.batcher.cancel([item])
+                self.batcher.cancel([item], expired=_is_too_late(item))
 
     # -- knobs -----------------------------------------------------------------------------------
 
@@ -461,6 +465,12 @@ def _time_is_up(items: Sequence[Item]) -> None:
 def _has_ended(ended: asyncio.Future[End]) -> bool:
     """Whether the engine has ended it. A future whose waiter was cancelled is `done` as well."""
     return ended.done() and not ended.cancelled() and ended.result() is not _TOO_LATE
+
+
+def _is_too_late(item: Item) -> bool:
+    """Whether the timer of its request has ended it."""
+    ended: asyncio.Future[End] = item.payload.ended
+    return ended.done() and not ended.cancelled() and ended.result() is _TOO_LATE
 
 
 def _located(error: ServingError, index: int, items: int) -> ServingError:

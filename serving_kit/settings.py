@@ -77,8 +77,8 @@ class Settings:
             unit="tokens",
             auto=True,
             owner="scheduling",
-            doc="padded tokens (items x longest) in one step; auto: learned from the deadline and the cost "
-            "model",
+            doc="tokens that the model computes in one step (items x longest if it pads); auto: learned "
+            "from the deadline and the cost model",
         )
     )
     max_queue_size: int = _knob(
@@ -102,7 +102,12 @@ class Settings:
         )
     )
     group_by_length: bool = _knob(
-        Flag(default=True, owner="scheduling", doc="batch like lengths together, always with the oldest item")
+        Flag(
+            default=True,
+            owner="scheduling",
+            doc="batch like lengths together, always with the oldest item; without effect where the model "
+            "packs, because no length costs another one anything there",
+        )
     )
     drop_hopeless: bool = _knob(
         Flag(default=True, owner="scheduling", doc="refuse early what cannot be answered in time")

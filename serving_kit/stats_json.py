@@ -30,6 +30,7 @@ def _status(status: ServerStatus) -> JSON:
         "state": status.state.value,
         "reason": status.reason,
         "notes": [*status.notes],
+        "layout": status.layout._asdict(),
         "uptime_s": round(status.uptime_s, 3),
         "queue_depth": core.load.queue_depth,
         "in_flight": core.load.in_flight,
@@ -56,6 +57,7 @@ def _statistics(statistics: Statistics) -> JSON:
         "faults": {fault.value: count for fault, count in statistics.faults.items()},
         "items": statistics.items,
         "wasted_items": statistics.wasted_items,
+        "dropped_items": {reason.value: count for reason, count in statistics.dropped_items.items()},
         "window": _window(statistics.window),
     }
     if statistics.series:

@@ -15,8 +15,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from serving_kit.failures.breaker import Gate
-from serving_kit.model import FailureKind
-from serving_kit.records import BatchReason, Outcome
+from serving_kit.model import FailureKind, Layout
+from serving_kit.records import BatchReason, Drop, Outcome
 from serving_kit.settings import Settings
 
 
@@ -56,9 +56,9 @@ class CoreStatus:
     cost_known: bool
     cost_released_reason: str  # why the learned cost was discarded lately; empty: it was not
     call_s: float  # learned: seconds per model call
-    token_s: float  # learned: seconds per padded token
+    token_s: float  # learned: seconds per computed token
     max_batch_tokens: int  # in force
-    memory_limit_tokens: int | None  # padded tokens that did not fit into memory; None: none are known
+    memory_limit_tokens: int | None  # computed tokens that did not fit into memory; None: none are known
     running: Running | None  # None: the model is idle
     unavailable_reason: str  # why no request can be answered now; fit for clients; empty: requests can be
     degraded_reason: str  # why it is not certain that requests can be answered; empty: there is no reason
@@ -76,6 +76,7 @@ class ServerStatus:
     state: State
     reason: str  # why it is in this state, or what its owner should do; may be empty
     notes: tuple[str, ...]  # what the owner should know about how this model is served
+    layout: Layout  # whether the model packs the items of a step, and why
     uptime_s: float  # 0: not started
     core: CoreStatus
 
@@ -98,7 +99,7 @@ class Window:
     batches_per_s: float
     batch_size_mean: float | None  # None: no batch has ended
     batch_size_max: int | None
-    padding: float | None  # share of the padded tokens that are padding
+    padding: float | None  # share of the computed tokens; None: no batch has ended, or the model packs
     busy: float  # share of the time in which the model ran
     samples: int  # answered requests, which the latency is of
     latency: Percentiles  # arrival to answer
@@ -142,6 +143,7 @@ class Statistics:
     faults: Mapping[FailureKind, int]
     items: int  # that were run
     wasted_items: int  # of these: the client had left, or the deadline had passed, when the batch ended
+    dropped_items: Mapping[Drop, int]  # admitted, and ended without an answer for lack of time
     window: Window
     series: tuple[Second, ...] = ()  # oldest first; empty: not asked for
     changes: tuple[SettingsChange, ...] = ()  # oldest first; only with `series`

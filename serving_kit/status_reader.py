@@ -16,6 +16,7 @@ from prometheus_client.core import Metric
 
 from serving_kit.failures.breaker import Gate
 from serving_kit.metrics import Metrics, gauge
+from serving_kit.model import Layout
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 
 _STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
@@ -35,6 +36,7 @@ class Readable(Protocol):
     leaving: bool
     stopped: bool
     metrics: Metrics
+    layout: Layout
 
     @property
     def notes(self) -> Sequence[str]:
@@ -83,6 +85,7 @@ class StatusReader:
             state=state,
             reason=reason or self._model_changes(),
             notes=tuple(service.notes),
+            layout=service.layout,
             uptime_s=0.0 if started_at is None else service.clock() - started_at,
             core=core,
         )

@@ -18,6 +18,7 @@ from serving_kit.records import (
     BatchRecord,
     BreakerRecord,
     CostReleasedRecord,
+    DropRecord,
     FailureRecord,
     Record,
     RequestRecord,
@@ -34,6 +35,7 @@ class Telemetry:
     Attributes:
         request_observers: Called with the record of every request that has ended.
         step_observers: Called with the record of every batch that has ended.
+        drop_observers: Called with the record of every admitted item that has ended for lack of time.
     """
 
     def __init__(self, server: str, clock: Callable[[], float]) -> None:
@@ -47,6 +49,7 @@ class Telemetry:
             on_failure=self._observer_failed,
         )
         self.step_observers = Observers[BatchRecord](self.metrics.add_batch, on_failure=self._observer_failed)
+        self.drop_observers = Observers[DropRecord](self.metrics.add_drop, on_failure=self._observer_failed)
 
     def request_ended(self, record: RequestRecord, error: BaseException | None) -> None:
         """Tell the observers of a request that has ended.
@@ -61,9 +64,11 @@ class Telemetry:
         self.request_observers(record)
 
     def report(self, record: Record) -> None:
-        """Take a record of the engine: tell the observers of a step, keep a failure, log the rest."""
+        """Take a record of the engine: tell observers of steps and drops, keep a failure, log the rest."""
         if isinstance(record, BatchRecord):
             self.step_observers(record)
+        elif isinstance(record, DropRecord):
+            self.drop_observers(record)
         elif isinstance(record, FailureRecord):
             if not isinstance(record.error, InputRejected):
                 self.metrics.add_failure(record.kind)

@@ -28,15 +28,18 @@ from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk
 from serving_kit.failures import classify
 from serving_kit.model import (
+    PADDED,
     Done,
     FailureKind,
     Input,
+    Layout,
     Limits,
     More,
     Part,
     Prepared,
     StepResult,
     Work,
+    computed_tokens,
 )
 from serving_kit.model import Failed as PartFailed
 from serving_kit.records import Outcome
@@ -78,14 +81,14 @@ class SimulatedModel:
     name, task_name, device, media = "simulated", "function", "cpu", False
     notes: tuple[str, ...] = ()
     timings: tuple[tuple[int, float], ...] = ()
-    limits = Limits()
 
     def __init__(self, play: Play, dice: random.Random, retry: bool) -> None:
         self.play, self._dice, self._retry = play, dice, retry
         self.example = Input(Query(-1, 3), {}) if dice.random() < 0.6 else None
         self.a_s, self.b_s = dice.choice([1e-4, 0.01, 0.3]), dice.choice([0.0, 1e-5, 1e-3])
+        self.limits = Limits(layout=dice.choice([PADDED, Layout(packed=True, reason="simulated")]))
         self.behaviour = "ok"
-        self.fits = self.least_fits = 10**9  # padded tokens
+        self.fits = self.least_fits = 10**9  # computed tokens
         self.cause = Cause.NONE  # of the last step
         self.held: set[int] = set()
 
@@ -109,8 +112,9 @@ class SimulatedModel:
         return prepared
 
     def step(self, parts: Sequence[Part]) -> list[StepResult]:
-        padded = len(parts) * max(part.tokens for part in parts)
-        took = self.a_s + self.b_s * padded
+        lengths = [part.tokens for part in parts]
+        tokens = computed_tokens(lengths, packed=self.limits.layout.packed)
+        took = self.a_s + self.b_s * tokens
         states: list[State] = [part.prepared.payload for part in parts]
         keys = {part.prepared.key for part in parts}
         self.play.check(len(keys) == 1, "items of several keys share a step")
@@ -123,8 +127,8 @@ class SimulatedModel:
         if self.behaviour == "hangs":
             took += self._dice.choice([1.0, 20.0, 100.0])
         self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
-        self.cause = cause = self._why_not(states, padded)
-        if padded > self.fits or any(state.query.bad == "memory" for state in states):
+        self.cause = cause = self._why_not(states, tokens)
+        if tokens > self.fits or any(state.query.bad == "memory" for state in states):
             raise MemoryError
         if self.behaviour == "lost":
             raise RuntimeError("CUDA error: device-side assert triggered")
@@ -144,8 +148,8 @@ class SimulatedModel:
             state.steps_done += 1
         return results
 
-    def _why_not(self, states: Sequence[State], padded: int) -> Cause:
-        if padded > self.fits:
+    def _why_not(self, states: Sequence[State], tokens: int) -> Cause:
+        if tokens > self.fits:
             return Cause.MEMORY
         if self.behaviour in ("raises", "lost") or (self.behaviour == "miscounts" and len(states) > 1):
             return Cause.BEHAVIOUR

@@ -20,9 +20,20 @@ from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk, Done, End, Event, Failed
 from serving_kit.failures import classify
 from serving_kit.items import Item, ItemState
+from serving_kit.model import (
+    PADDED,
+    FailureKind,
+    Input,
+    Layout,
+    Limits,
+    More,
+    Part,
+    Prepared,
+    StepResult,
+    Work,
+)
 from serving_kit.model import Done as Ended
-from serving_kit.model import FailureKind, Input, Limits, More, Part, Prepared, StepResult, Work
-from serving_kit.records import BatchRecord, BreakerRecord, FailureRecord, Record
+from serving_kit.records import BatchRecord, BreakerRecord, DropRecord, FailureRecord, Record
 from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
 from serving_kit.worker import THREAD_NAME
@@ -65,13 +76,17 @@ class Echo:
     def estimate(self, value: Any) -> Work:
         return Work(longest=len(value))
 
+    def work(self, value: str) -> Work:
+        """What its first step costs."""
+        return Work(longest=len(value))
+
     def prepare(self, value: Any, parameters: Mapping[str, Any]) -> Prepared[Payload]:
         self.prepared.append(value)
         self._raise_once("prepare")
         if value == "bad":
             raise InputRejected("bad is bad")
         key = tuple(sorted(parameters.items()))
-        return Prepared(Payload(value), Work(longest=len(value)), key)
+        return Prepared(Payload(value), self.work(value), key)
 
     def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
         self.inside.set()
@@ -131,7 +146,7 @@ def raise_for(*bad: str, error: Callable[[], BaseException] = lambda: ValueError
 
 
 def more_than(capacity: int) -> Bad:
-    """A step runs out of memory that computes more padded tokens; `Echo` counts a character as a token."""
+    """A step runs out of memory that computes more tokens, padded; `Echo` counts a character as a token."""
     return lambda values: out_of_memory() if len(values) * max(map(len, values)) > capacity else None
 
 
@@ -155,12 +170,15 @@ class Bed:
         events: The events of the latest item of each value, in order.
     """
 
-    def __init__(self, model: Echo | None = None, *, retry: bool = True, **knobs: Any) -> None:
+    def __init__(
+        self, model: Echo | None = None, *, retry: bool = True, layout: Layout = PADDED, **knobs: Any
+    ) -> None:
         self.model = model or Echo()
         self.model.takes = self._tick
         self.now = 0.0
         knobs = {"max_batch_size": 8, "group_by_length": False, "drop_hopeless": False, **knobs}
-        self.engine = Engine(Scheduler(Settings(**knobs)), canary=self.model.example, retry=retry)
+        scheduler = Scheduler(Settings(**knobs), layout=layout)
+        self.engine = Engine(scheduler, canary=self.model.example, retry=retry)
         self.log: list[str] = []
         self.events: dict[str, list[Event]] = {}
         self.records: list[Record] = []
@@ -246,6 +264,10 @@ class Bed:
     @property
     def batches(self) -> list[BatchRecord]:
         return [record for record in self.records if isinstance(record, BatchRecord)]
+
+    @property
+    def drops(self) -> list[DropRecord]:
+        return [record for record in self.records if isinstance(record, DropRecord)]
 
     @property
     def breaker_states(self) -> list[str]:

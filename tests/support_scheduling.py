@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from serving_kit.items import Item
+from serving_kit.model import PADDED, Layout
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.scheduler import Batch, Scheduler
 from serving_kit.settings import Settings
@@ -89,22 +90,22 @@ def lognormal(dice: random.Random) -> Callable[[], int]:
 class TrueCost(CostModel):
     """A cost model that knows the truth at every moment and learns nothing: the oracle."""
 
-    def __init__(self, a: float, b: float) -> None:
-        super().__init__()
+    def __init__(self, a: float, b: float, *, packed: bool = False) -> None:
+        super().__init__(packed=packed)
         for tokens in (1, 1024) * 500:
             super().observe(tokens, a + b * tokens)
         self.largest = math.inf
 
-    def observe(self, padded_tokens: float, seconds: float) -> None:
+    def observe(self, computed_tokens: float, seconds: float) -> None:
         """Nothing new."""
 
     def relearn(self) -> None:
         """Nothing to forget."""
 
 
-def known_cost(a: float, b: float) -> CostModel:
+def known_cost(a: float, b: float, *, packed: bool = False) -> CostModel:
     """What warming up teaches."""
-    cost = CostModel()
+    cost = CostModel(packed=packed)
     for tokens in (8, 64, 256, 1024) * 20:
         cost.observe(tokens, a + b * tokens)
     return cost
@@ -127,11 +128,12 @@ def simulate(
     seldom: tuple[float, float] = (0.0, 1.0),
     cost: CostModel | None = None,
     seed: int = 1,
+    layout: Layout = PADDED,
     **knobs: object,
 ) -> Outcome:
     """Run `clients` in a closed loop, or Poisson arrivals at `rate` a second.
 
-    The model takes (a + b * padded tokens) * slowness(now) * exp(normal(0, noise)) seconds, and a share
+    The model takes (a + b * computed tokens) * slowness(now) * exp(normal(0, noise)) seconds, and a share
     `seldom[0]` of its calls takes `seldom[1]` times as long. Admission is told `estimate(tokens)`; the
     truth comes out when the item is prepared.
 
@@ -142,7 +144,9 @@ def simulate(
     dice, order = random.Random(seed), itertools.count()
     knobs = {"max_queue_size": 100_000, "timeout_ms": timeout * 1000, **knobs}
     fresh = cost is None and timeout < 60
-    scheduler = Scheduler(Settings(**knobs), known_cost(a, b) if fresh else cost)  # type: ignore[arg-type]
+    if fresh:
+        cost = known_cost(a, b, packed=layout.packed)
+    scheduler = Scheduler(Settings(**knobs), cost, layout)  # type: ignore[arg-type]
     if fresh:  # what it has learned counts from the first item on
         run_one(scheduler, 0.0)
     running: Batch | None = None
@@ -193,7 +197,7 @@ def simulate(
             outcome.sizes.append(len(decision.batch.items))
             outcome.reasons.append(decision.batch.reason)
             running = decision.batch
-            took = (a + b * running.padded_tokens) * slowness(now)
+            took = (a + b * running.computed_tokens) * slowness(now)
             took *= math.exp(dice.gauss(0, noise) if noise else 0)
             if seldom[0] and dice.random() < seldom[0]:
                 took *= seldom[1]

@@ -23,8 +23,8 @@ from serving_kit.failures.breaker import Gate
 from serving_kit.failures.classify import Failure
 from serving_kit.model import Done as Ended
 from serving_kit.model import Failed as FailedAlone
-from serving_kit.model import FailureKind, Input, More
-from serving_kit.records import BatchReason, CostReleasedRecord
+from serving_kit.model import FailureKind, Input, Layout, More, Work
+from serving_kit.records import BatchReason, CostReleasedRecord, Drop
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.scheduler import Scheduler
 from tests.support_core import Bed, Echo, raise_for, values_of
@@ -89,7 +89,7 @@ def test_record_of_a_step() -> None:
     bed.offer("a", "bbb", "c")
     bed.settle()
     first, second = bed.batches
-    assert (first.size, first.tokens, first.padded_tokens) == (2, 4, 6)
+    assert (first.size, first.tokens, first.computed_tokens) == (2, 4, 6)
     assert (first.reason, first.left_waiting, first.ok) == (BatchReason.FULL, 1, True)
     assert (first.started, first.finished, second.oldest_wait_s) == (0.0, 1.0, 1.0)
 
@@ -251,6 +251,39 @@ def test_first_chunk_moves_the_deadline() -> None:
     bed.check_released()
 
 
+def test_refused_is_not_dropped() -> None:
+    bed = Bed(max_queue_size=1)
+    bed.offer("a")
+    with pytest.raises(Overloaded) as refused:
+        bed.offer("b")
+    assert not refused.value.dropped
+    assert bed.drops == []
+
+
+def test_told_that_its_time_is_up() -> None:
+    """The timer of a request is quicker than the queue: each item is counted once all the same."""
+    bed = Bed(max_batch_size=1)
+    waiting, left = bed.offer("a", "b", timeout_s=5.0)
+    bed.cancel([left])
+    bed.engine.cancel([waiting, left], expired_at=5.0)
+    bed.engine.cancel([waiting, left], expired_at=5.0)
+    bed.now = 6.0
+    bed.settle()
+    assert [(each.at, each.waited_s, each.reason) for each in bed.drops] == [(5.0, 5.0, Drop.EXPIRED)]
+    assert bed.model.steps == []
+
+
+def test_packed_items_cost_their_sum() -> None:
+    """Also of an item of several sequences, and in what is recorded of a step."""
+    bed = Bed(layout=Layout(packed=True), max_batch_tokens=8)
+    bed.model.work = lambda value: Work(3, len(value), packed_tokens=len(value) + 1)  # type: ignore[method-assign]
+    bed.ask("aaa", "a", "a", "bbbb")
+    assert [(each.tokens, each.computed_tokens, each.packed) for each in bed.batches] == [
+        (8, 8, True),
+        (5, 5, True),
+    ]
+
+
 def test_no_chunk_no_longer_deadline() -> None:
     bed = Bed()
     bed.model.advance = lambda payload: More()  # type: ignore[method-assign]
@@ -280,6 +313,8 @@ def test_hopeless_items_are_dropped() -> None:
     bed.now += 1
     bed.settle()
     assert type(bed.error("c")) is Overloaded
+    assert bed.error("c").dropped
+    assert [(each.waited_s, each.reason) for each in bed.drops] == [(2.0, Drop.HOPELESS)]
     assert bed.end("b") == Done("B", 1.0, 1.0)
     bed.check_released()
 
@@ -418,7 +453,7 @@ def test_transient_failure_is_recorded() -> None:
 
 def test_released_cost_is_recorded() -> None:
     class TooLowCost(CostModel):
-        def seconds(self, padded_tokens: float) -> float:
+        def seconds(self, computed_tokens: float) -> float:
             return 1e-6
 
     bed = Bed(max_batch_size=1, timeout_ms=10_000)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serving_kit.items import Item, ItemState, longest, padded
-from serving_kit.model import Work, padded_tokens
+from serving_kit.items import Item, ItemState, computed, longest
+from serving_kit.model import Work
 
 pytestmark = pytest.mark.light
 
@@ -32,10 +32,10 @@ def test_wanted(state: ItemState, cancelled: bool, deadline: float, wanted: bool
     assert item.is_wanted(4.0) is wanted
 
 
-def test_padding() -> None:
+def test_tokens_of_a_step() -> None:
     items = [Item(0.0, 1.0, tokens) for tokens in (3, 10, 1)]
-    assert (padded(items), longest(items)) == (30, 10)
-    assert padded_tokens([]) == 0
+    assert (computed(items, packed=False), computed(items, packed=True), longest(items)) == (30, 14, 10)
+    assert computed([], packed=False) == computed([], packed=True) == 0
 
 
 def test_work_of_several_sequences() -> None:

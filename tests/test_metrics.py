@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serving_kit.metrics import HISTORY_S, Metrics, bucket, percentiles
 from serving_kit.model import FailureKind
-from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
+from serving_kit.records import BatchReason, BatchRecord, Drop, DropRecord, Outcome, RequestRecord
 from serving_kit.status import Load, Percentiles
 
 pytestmark = pytest.mark.light
@@ -41,6 +41,28 @@ def test_window_without_samples() -> None:
     assert window.latency == Percentiles(None, None, None)
     assert window.batch_size_mean is None
     assert window.padding is None
+
+
+def test_packed_steps_have_no_padding() -> None:
+    metrics = Metrics()
+    metrics.add_batch(BatchRecord(9.9, 10.0, 4, 40, 40, BatchReason.FULL, 0.0, 0, 0, True, packed=True))
+    statistics = metrics.statistics(10.0, series=1)
+    assert (statistics.window.padding, statistics.series[0].padding) == (None, None)
+
+
+def test_dropped_items() -> None:
+    metrics = Metrics()
+    for reason in (Drop.EXPIRED, Drop.HOPELESS, Drop.HOPELESS):
+        metrics.add_drop(DropRecord(10.0, 0.5, reason))
+    statistics = metrics.statistics(10.0)
+    assert statistics.dropped_items == {Drop.EXPIRED: 1, Drop.HOPELESS: 2}
+    assert sum(statistics.requests.values()) == 0, "the outcomes of requests are counted apart"
+    families = {family.name: family for family in metrics.families(Load(0, 0))}
+    samples = families["serving_kit_dropped"].samples
+    assert {(each.name, each.labels["reason"]): each.value for each in samples} == {
+        ("serving_kit_dropped_total", "expired"): 1,
+        ("serving_kit_dropped_total", "hopeless"): 2,
+    }
 
 
 def test_totals_and_window() -> None:

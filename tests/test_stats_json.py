@@ -6,7 +6,8 @@ import pytest
 
 from serving_kit.failures.breaker import Gate
 from serving_kit.metrics import Metrics
-from serving_kit.records import BatchReason, BatchRecord, Outcome, RequestRecord
+from serving_kit.model import Layout
+from serving_kit.records import BatchReason, BatchRecord, Drop, DropRecord, Outcome, RequestRecord
 from serving_kit.settings import Settings
 from serving_kit.stats_json import JSON, stats_json
 from serving_kit.status import CoreStatus, Load, ServerStatus, State
@@ -41,9 +42,19 @@ def document(series: int = 0) -> JSON:
     metrics.add_request(RequestRecord(10.0, 10.1, Outcome.OK, 1, 0.02, 0.05))
     metrics.add_request(RequestRecord(10.0, 10.2, Outcome.CANCELLED, 1, None, None))
     metrics.add_batch(BatchRecord(10.0, 10.05, 2, 12, 16, BatchReason.FULL, 0.0, 0, 0, True))
+    metrics.add_drop(DropRecord(10.0, 1.0, Drop.HOPELESS))
     metrics.add_change(10.5, {"max_batch_size": 8})
     status = ServerStatus(
-        "default", "bert", "fill-mask", "cpu", State.READY, "", ("a note",), 1.23456, core()
+        "default",
+        "bert",
+        "fill-mask",
+        "cpu",
+        State.READY,
+        "",
+        ("a note",),
+        Layout(packed=True, reason="tried"),
+        1.23456,
+        core(),
     )
     return stats_json(status, metrics.statistics(12.0, series, status.core.load))
 
@@ -52,9 +63,9 @@ def test_keys_and_units() -> None:
     stats = document()
     assert json.loads(json.dumps(stats)) == stats
     assert list(stats) == [
-        *("name", "model", "task", "device", "state", "reason", "notes", "uptime_s"),
+        *("name", "model", "task", "device", "state", "reason", "notes", "layout", "uptime_s"),
         *("queue_depth", "in_flight", "settings", "cost"),
-        *("requests", "batches", "faults", "items", "wasted_items", "window"),
+        *("requests", "batches", "faults", "items", "wasted_items", "dropped_items", "window"),
     ]
     assert (stats["state"], stats["notes"], stats["uptime_s"]) == ("ready", ["a note"], 1.235)
     assert type(stats["state"]) is str
@@ -69,6 +80,8 @@ def test_keys_and_units() -> None:
     }
     assert stats["requests"] == {each.value: int(each in ("ok", "cancelled")) for each in Outcome}
     assert stats["batches"]["full"] == 1
+    assert stats["dropped_items"] == {"expired": 0, "hopeless": 1}
+    assert stats["layout"] == {"packed": True, "reason": "tried"}
 
 
 def test_window() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from serving_kit.failures.breaker import Gate
 from serving_kit.metrics import Metrics
+from serving_kit.model import PADDED, Layout
 from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, Load, Running, State
 from serving_kit.status_reader import StatusReader
@@ -31,6 +32,7 @@ class Service:
     leaving: bool = False
     stopped: bool = False
     notes: list[str] = field(default_factory=lambda: ["a note"])
+    layout: Layout = PADDED
     metrics: Metrics = field(default_factory=Metrics)
     changes: str = ""
     looks: int = 0  # at the model

@@ -7,7 +7,7 @@ import pytest
 from serving_kit.errors import InputRejected, ModelFailed, Overloaded
 from serving_kit.failures.classify import WorkerDied
 from serving_kit.model import FailureKind
-from serving_kit.records import FailureRecord, Outcome, RequestRecord
+from serving_kit.records import Drop, DropRecord, FailureRecord, Outcome, RequestRecord
 from serving_kit.telemetry import Telemetry
 
 pytestmark = pytest.mark.light
@@ -35,6 +35,14 @@ def test_observers_get_the_record(telemetry: Telemetry) -> None:
     ]
     assert seen[0] == request(Outcome.OK)
     assert telemetry.metrics.requests() == 3
+
+
+def test_dropped_items_have_observers(telemetry: Telemetry) -> None:
+    seen: list[DropRecord] = []
+    telemetry.drop_observers.add(seen.append)
+    telemetry.report(DropRecord(10.0, 0.5, Drop.HOPELESS))
+    assert seen == [DropRecord(10.0, 0.5, Drop.HOPELESS)]
+    assert telemetry.metrics.statistics(10.0).dropped_items[Drop.HOPELESS] == 1
 
 
 def test_failing_observer_is_logged(telemetry: Telemetry, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from serving_kit.failures.bisection import Bisection
 from serving_kit.failures.classify import Failure
-from serving_kit.items import Item, longest, padded
+from serving_kit.items import Item, computed, longest
 from serving_kit.model import FailureKind
 
 
@@ -98,7 +98,7 @@ class TooLarge(NamedTuple):
 
     items: Sequence[Item]
     longest: int  # tokens of the longest
-    padded_tokens: int
+    computed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,14 @@ Recovery = Generator[Request, Reply, Conclusions]
 
 
 def recover(
-    items: Sequence[Item], failure: Failure, now: float, *, has_canary: bool, retry: bool, thorough: bool
+    items: Sequence[Item],
+    failure: Failure,
+    now: float,
+    *,
+    has_canary: bool,
+    retry: bool,
+    thorough: bool,
+    packed: bool = False,
 ) -> Recovery:
     """Settle every item of a step that raised; with `retry`, only those that fail alone get a failure.
 
@@ -134,8 +141,9 @@ def recover(
         has_canary: Whether the model has an example to run.
         retry: Whether parts of the step may run again.
         thorough: Whether to bisect to the end also while the model is not known to be healthy.
+        packed: Whether the model needs no padding.
     """
-    step = _FailedStep(items, failure, now, retry=retry, thorough=thorough)
+    step = _FailedStep(items, failure, now, retry=retry, thorough=thorough, packed=packed)
     attributed: list[Attributed] = []
     if failure.kind is FailureKind.MEMORY:
         now = (yield FreeMemory(failure)).now
@@ -201,7 +209,14 @@ class _FailedStep:
     """One step that raised: what is known about its items and the model."""
 
     def __init__(
-        self, items: Sequence[Item], failure: Failure, now: float, *, retry: bool, thorough: bool
+        self,
+        items: Sequence[Item],
+        failure: Failure,
+        now: float,
+        *,
+        retry: bool,
+        thorough: bool,
+        packed: bool,
     ) -> None:
         self.items = items
         self.failure = failure  # the last one
@@ -209,6 +224,7 @@ class _FailedStep:
         self.answered = False  # whether a part of the step was
         self.failed_items: set[Item] = set()
         self._retry = retry
+        self._packed = packed
         self._settled: set[Item] = set()  # answered or failed
         self._did_not_fit: list[TooLarge] = []
         self._part = range(len(items))  # that runs now
@@ -274,7 +290,7 @@ class _FailedStep:
         several = [part for part in self._did_not_fit if len(part.items) > 1]
         fit_alone = self._settled - self.failed_items
         together = [part for part in several if not self._retry or fit_alone.issuperset(part.items)]
-        return min(together, key=lambda part: part.padded_tokens, default=None)
+        return min(together, key=lambda part: part.computed_tokens, default=None)
 
     def _wanted(self, items: Sequence[Item], now: float) -> list[Item]:
         return [item for item in items if item not in self._settled and item.is_wanted(now)]
@@ -282,4 +298,4 @@ class _FailedStep:
     def _note_memory(self, items: Sequence[Item]) -> None:
         if self.failure.kind is FailureKind.MEMORY:
             # Measured now: items that go on have the tokens of their next step later.
-            self._did_not_fit.append(TooLarge(items, longest(items), padded(items)))
+            self._did_not_fit.append(TooLarge(items, longest(items), computed(items, packed=self._packed)))

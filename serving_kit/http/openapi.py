@@ -194,5 +194,6 @@ _PROBLEM: Schema = {
         "error_type": TEXT,
         "request_id": TEXT,
         "incident": TEXT,
+        "dropped": {"type": "boolean", "description": "It was admitted, and ended for lack of time."},
     },
 }

@@ -63,6 +63,7 @@ class Problem:
     request_id: str
     incident: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    dropped: bool = False  # it had been admitted, and ended for lack of time
 
     @property
     def title(self) -> str:
@@ -93,6 +94,8 @@ def problem_json(problem: Problem) -> tuple[object, str]:
     }
     if problem.incident is not None:
         document["incident"] = problem.incident
+    if problem.dropped:
+        document["dropped"] = True
     return document, "application/problem+json"
 
 
@@ -144,4 +147,4 @@ def _serving_problem(error: ServingError, request_id: str, service: Service | No
             status = service.settings.overload_status
     if error.detail and service is not None and service.settings.expose_errors:
         text = f"{text}: {error.detail}"
-    return Problem(status, error_type, text, request_id, error.incident, headers)
+    return Problem(status, error_type, text, request_id, error.incident, headers, error.dropped)

@@ -86,6 +86,7 @@ async def info(request: Request) -> Response:
             "max_body_bytes": service.max_body_bytes,
             "max_batch_size": service.settings.max_batch_size,
             "notes": service.notes,
+            "layout": service.layout._asdict(),
             "version": __version__,
         }
     )

@@ -29,6 +29,9 @@ _AUTO_SHARE = 1 / 3
 _FIRST_RESERVE, _RESERVE_RANGE = 0.25, (0.05, 0.65)
 _DROPPED_LATER = 0.0007
 _RESERVE_RATE = 0.07  # per decision that dropped some
+# Where the model packs nothing is passed, so that fewer have to be dropped. All of them count, and the late.
+_PACKED_DROPPED_LATER = 0.0003
+_PACKED_RATE = 4.0  # per item that was dropped or late, over the items of a timeout
 _RESERVE_MEMORY = 30  # timeouts: then most of what was learned is forgotten
 _ESTIMATE_FORGET = 0.98  # per item
 
@@ -57,6 +60,15 @@ def step_limit_s(settings: Settings) -> float:
     return settings.timeout_s * _AUTO_SHARE
 
 
+def token_limit(settings: Settings, cost: CostModel) -> float:
+    """Tokens that one step may have because a person has set `max_batch_tokens`; infinite: none has.
+
+    Of a model that packs. What padding takes of it depends on the lengths: there the cost learns it.
+    """
+    limit = settings.max_batch_tokens
+    return math.inf if limit == "auto" or not cost.packed else limit
+
+
 class Admission:
     """Decides by the learned cost, and learns from what follows."""
 
@@ -65,7 +77,10 @@ class Admission:
         self.watchdog = watchdog
         self._reserve = _FIRST_RESERVE  # share of its time that an item must have to spare
         self._reserve_at = 0.0  # when it last changed
-        self._true_tokens = 0.0  # of recent items, and what they were estimated at
+        self._answered = 0.0  # items in about the last timeout
+        self._dropped_later = _PACKED_DROPPED_LATER if cost.packed else _DROPPED_LATER
+        self._items = 0.0  # recent ones
+        self._true_tokens = 0.0  # theirs, and what they were estimated at
         self._estimated_tokens = 0.0
 
     def reject(
@@ -91,6 +106,8 @@ class Admission:
         priced = settings.drop_hopeless and self.cost.trusted and not queue.stale
         if priced:  # the last of them waits longest; its own length does not count
             tokens = correction * sum(item.tokens for item in items[:-1])
+            if self.cost.packed:  # its own step holds it, too
+                tokens += self._mean_tokens
             wait_s = self._shortest_wait_s(queue, len(items), tokens, settings)
             if wait_s > (first.deadline - now) * (1 - self._reserve):
                 if waiting:
@@ -107,7 +124,13 @@ class Admission:
         if not self.cost.observations:
             return None
         limit_s = step_limit_s(settings)
-        return queue.rest_s + self.cost.drain(queue.depth, queue.tokens, settings.max_batch_size, limit_s)
+        return queue.rest_s + self.cost.drain(
+            queue.depth,
+            queue.tokens,
+            settings.max_batch_size,
+            limit_s,
+            budget=token_limit(settings, self.cost),
+        )
 
     def is_too_short(self, item: Item, queue: QueueState, settings: Settings, now: float) -> bool:
         """Whether the client gives an item less time, from `now`, than any step of the model takes."""
@@ -124,17 +147,18 @@ class Admission:
         """Whether an item cannot be answered in time by a step that ends at `end`."""
         return settings.drop_hopeless and item.deadline < end and not queue.stale
 
-    def reserve_s(self, padded_tokens: float, settings: Settings) -> float:
+    def reserve_s(self, computed_tokens: float, settings: Settings) -> float:
         """Seconds to keep for a step: its 95th percentile.
 
         What that adds to the expected duration is bounded by the limit of a step. A model that takes long now
         and then must not have everything refused because of it.
         """
-        high_s = self.cost.high(padded_tokens)
-        return min(high_s, max(self.cost.seconds(padded_tokens), step_limit_s(settings))) if high_s else 0.0
+        high_s = self.cost.high(computed_tokens)
+        return min(high_s, max(self.cost.seconds(computed_tokens), step_limit_s(settings))) if high_s else 0.0
 
     def prepared(self, item: Item) -> None:
         """The true length of an item is known: correct later estimates by it."""
+        self._items = self._items * _ESTIMATE_FORGET + 1
         self._true_tokens = self._true_tokens * _ESTIMATE_FORGET + item.tokens
         self._estimated_tokens = self._estimated_tokens * _ESTIMATE_FORGET + item.estimate
 
@@ -143,18 +167,35 @@ class Admission:
 
         Stochastic gradient descent on the pinball loss, and exponential decay to the first value.
         """
-        past = (now - self._reserve_at) / (_RESERVE_MEMORY * settings.timeout_s)
-        self._reserve += (_FIRST_RESERVE - self._reserve) * -math.expm1(-past)
+        past = (now - self._reserve_at) / settings.timeout_s
+        self._reserve += (_FIRST_RESERVE - self._reserve) * -math.expm1(-past / _RESERVE_MEMORY)
         self._reserve_at = now
-        self._reserve += _RESERVE_RATE * (dropped - _DROPPED_LATER * items)
+        self._answered = self._answered * math.exp(-past) + items
+        self._reserve += self._rate() * (dropped - self._dropped_later * items)
         self._reserve = min(max(self._reserve, _RESERVE_RANGE[0]), _RESERVE_RANGE[1])
+
+    @property
+    def _mean_tokens(self) -> float:
+        """Of recent items; 0 while there are none."""
+        return self._true_tokens / self._items if self._items else 0.0
+
+    def _rate(self) -> float:
+        """What one dropped item adds to the reserve.
+
+        Where nothing is passed, all that waited together is dropped together. So the more items there are in
+        a timeout, the less one says.
+        """
+        return min(_RESERVE_RATE, _PACKED_RATE / self._answered) if self.cost.packed else _RESERVE_RATE
 
     def _shortest_wait_s(self, queue: QueueState, items: int, tokens: float, settings: Settings) -> float:
         """Seconds until the queue and so many more items could be done, at least."""
         most, limit_s = settings.max_batch_size, step_limit_s(settings)
-        return queue.rest_s + self.cost.drain(
-            queue.depth + items, queue.tokens + tokens, most, limit_s, at_least=True
-        )
+        ahead, tokens = queue.depth + items, queue.tokens + tokens
+        if self.cost.packed:
+            return queue.rest_s + self.cost.wait(
+                ahead, tokens, most, limit_s, token_limit(settings, self.cost)
+            )
+        return queue.rest_s + self.cost.drain(ahead, tokens, most, limit_s, at_least=True)
 
 
 def _deadline(item: Item) -> float:

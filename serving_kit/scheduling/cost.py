@@ -1,8 +1,9 @@
 """What a batch will cost, learned online from finished batches.
 
-    seconds(x) = (a + b * x) * level        x = padded tokens of the batch (items x longest)
+    seconds(x) = (a + b * x) * level        x = tokens that the model computes for the batch
 
-`a` is what a call costs whatever it holds, `b` what a padded token costs. On a CPU a/b is tens of
+`a` is what a call costs whatever it holds, `b` what a computed token costs. A model that pads computes
+items x longest, one that packs the sum. On a CPU a/b is tens of
 tokens, on a GPU thousands; that ratio is all the scheduler needs to find small batches on one and big
 ones on the other. `level` follows everything that slows down or speeds up as a whole: a throttled
 laptop, a noisy neighbour, a model that waits for something.
@@ -23,6 +24,11 @@ data are uncertain, the uncertainty counts in favour of admitting and of larger 
 size has been seen). A budget that only this slope allows is at most twice the largest batch seen lately:
 with costs a + b * x >= 0 the next batch then takes at most twice as long as that one. As batches of
 other sizes are forgotten the uncertainty grows again, so that no budget is final.
+
+Where the model packs, a step of which the call takes `_CALL_SHARE` is large enough: beyond that a token gets
+hardly any cheaper, and what arrives waits longer. The uncertainty may double that size, never more.
+
+`wait` is for a model that packs: nothing passes an item there, so that the steps ahead of it can be counted.
 
 Not here: what to do with the numbers (`scheduler.py`), when to stop trusting them (`watchdog.py`).
 """
@@ -49,16 +55,22 @@ _GROWTH = 2.0
 _KNOWN_AFTER = 3  # batches; the first ones carry lazy initialisation
 _TRUSTED_AFTER = 8
 _MOST_TOKENS = 100_000_000
+_CALL_SHARE, _LEAST_PACK = 0.03, 256  # of a pack: the share of its time that the call takes; tokens
 
 
 class CostModel:
-    """Learns the cost of a batch. Not thread-safe: the scheduler owns it."""
+    """Learns the cost of a batch. Not thread-safe: the scheduler owns it.
 
-    def __init__(self) -> None:
+    Args:
+        packed: Whether the model needs no padding.
+    """
+
+    def __init__(self, *, packed: bool = False) -> None:
+        self.packed = packed
         self.level = 1.0
         self.observations = 0
         self.overhead = 1.0  # actual / `drain`'s seconds, of batches that left items waiting
-        self.largest = 0.0  # padded tokens of the largest batch seen lately
+        self.largest = 0.0  # computed tokens of the largest batch seen lately
         self._a = self._b = 0.0  # at level 1
         self._tail = math.log(1.05)
         self._signal = 0.0  # smoothed log(actual / predicted)
@@ -80,7 +92,7 @@ class CostModel:
 
     @property
     def b(self) -> float:
-        """Seconds per padded token, now."""
+        """Seconds per computed token, now."""
         return self._b * self.level
 
     @property
@@ -98,44 +110,64 @@ class CostModel:
         """Whether enough batches were seen to refuse requests by the numbers."""
         return self.observations >= _TRUSTED_AFTER
 
-    def seconds(self, padded_tokens: float) -> float:
+    def seconds(self, computed_tokens: float) -> float:
         """Expected duration of a batch."""
-        return self.a + self.b * padded_tokens
+        return self.a + self.b * computed_tokens
 
-    def high(self, padded_tokens: float) -> float:
+    def high(self, computed_tokens: float) -> float:
         """Duration that 95 of 100 such batches stay below; 0 while nothing is known."""
-        return self.seconds(padded_tokens) * self.tail if self.known else 0.0
+        return self.seconds(computed_tokens) * self.tail if self.known else 0.0
 
     def budget(self, limit_s: float) -> int:
-        """Most padded tokens for a batch that is to stay within about `limit_s` seconds; at least 1."""
+        """Most computed tokens for a batch that is to stay within about `limit_s` seconds; at least 1."""
         if not self.largest:
             return _MOST_TOKENS
-        optimistic = min(self._room(limit_s, self._least), _GROWTH * self.largest)
+        optimistic = min(self._optimistic(limit_s), _GROWTH * self.largest)
         proved = self._room(limit_s / self.tail, self._greatest) if self.observations else 1.0
         return int(min(max(proved, optimistic, 1.0), _MOST_TOKENS))
 
     def grows(self, limit_s: float) -> bool:
         """Whether `budget` is held back because no larger batch has been seen."""
-        return self.budget(limit_s) < min(self._room(limit_s, self._least), _MOST_TOKENS)
+        return self.budget(limit_s) < min(self._optimistic(limit_s), _MOST_TOKENS)
 
     def drain(
-        self, items: float, tokens: float, most: int, limit_s: float, *, at_least: bool = False
+        self,
+        items: float,
+        tokens: float,
+        most: int,
+        limit_s: float,
+        *,
+        budget: float = math.inf,
+        at_least: bool = False,
     ) -> float:
         """Seconds to finish `items` waiting items of `tokens` tokens in all; 0 while unknown.
 
-        In the largest batches that `most` items and `limit_s` seconds allow, times `overhead`.
+        In the largest batches that `most` items, `limit_s` seconds and `budget` tokens allow, times
+        `overhead`.
         `at_least`: with the smallest slope that the data allow, not the likeliest.
         """
         a, b = self._least if at_least else (self._a, self._b)
         a, b = a * self.level, b * self.level
-        shared = _shared(items, tokens, most, limit_s, a, b) * self.overhead
+        room = min(self._room_now(limit_s, a, b), budget)
+        shared = _shared(items, tokens, most, room, a, b) * self.overhead
         return max(shared, a + b * tokens / items) if items else 0.0  # one call at least
 
-    def observe(self, padded_tokens: float, seconds: float) -> None:
+    def wait(self, items: int, tokens: float, most: int, limit_s: float, budget: float = math.inf) -> float:
+        """Seconds until the last of `items` items of `tokens` tokens in all is answered, at least.
+
+        For a model that packs. In whole steps, the last of which holds nothing that is younger; with the
+        smallest slope that the data allow.
+        """
+        a, b = self._least[0] * self.level, self._least[1] * self.level
+        room = min(self._room_now(limit_s, a, b), budget)
+        steps = max(math.ceil(items / most), math.ceil(tokens / room))
+        return (a * steps + b * tokens) * self.overhead
+
+    def observe(self, computed_tokens: float, seconds: float) -> None:
         """Learn from one finished batch that did not raise."""
-        if seconds <= 0 or padded_tokens <= 0:
+        if seconds <= 0 or computed_tokens <= 0:
             return
-        x, seconds = float(padded_tokens), float(seconds)
+        x, seconds = float(computed_tokens), float(seconds)
         if self.known:
             self._follow(self._error(x, seconds))
             error = self._error(x, seconds)  # what the level does not explain
@@ -148,14 +180,22 @@ class CostModel:
         self.observations += 1
 
     def observe_drain(
-        self, items: int, tokens: int, padded_tokens: int, seconds: float, most: int, limit_s: float
+        self,
+        items: int,
+        tokens: int,
+        computed_tokens: int,
+        seconds: float,
+        most: int,
+        limit_s: float,
+        budget: float = math.inf,
     ) -> None:
         """Learn how much longer a batch took than `drain` says; for batches that left items waiting."""
-        ideal = _shared(items, tokens, most, limit_s, self.a, self.b)
+        room = min(self._room_now(limit_s, self.a, self.b), budget)
+        ideal = _shared(items, tokens, most, room, self.a, self.b)
         if not self.known or ideal <= 0 or seconds <= 0:
             return
         # Not simply seconds / ideal: what is new about the model's speed is for the level to learn.
-        actual = self.seconds(padded_tokens) * math.exp(_clipped(self._error(padded_tokens, seconds)))
+        actual = self.seconds(computed_tokens) * math.exp(_clipped(self._error(computed_tokens, seconds)))
         # A ratio of sums, because the mean of ratios would count small batches as much as large ones.
         self._actual = self._actual * _OVERHEAD_FORGET + actual / self.level
         self._ideal = self._ideal * _OVERHEAD_FORGET + ideal / self.level
@@ -164,14 +204,14 @@ class CostModel:
     def relearn(self) -> None:
         """Forget everything, except that half of the largest batch counts as seen: budgets start there."""
         largest = max(1.0, self.largest / 2)
-        self.__init__()  # type: ignore[misc]
+        self.__init__(packed=self.packed)  # type: ignore[misc]
         self.largest = largest
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _error(self, padded_tokens: float, seconds: float) -> float:
+    def _error(self, computed_tokens: float, seconds: float) -> float:
         """log(actual / predicted) of a batch."""
-        return math.log(seconds / self.seconds(padded_tokens))
+        return math.log(seconds / self.seconds(computed_tokens))
 
     def _follow(self, error: float) -> None:
         """Move level and tail by one log(actual / predicted)."""
@@ -212,7 +252,20 @@ class CostModel:
         return max(0.0, (self._wt - slope * self._wx) / self._w), slope
 
     def _room(self, limit_s: float, line: tuple[float, float]) -> float:
-        return _room(limit_s, line[0] * self.level, line[1] * self.level)
+        return self._room_now(limit_s, line[0] * self.level, line[1] * self.level)
+
+    def _room_now(self, limit_s: float, a: float, b: float) -> float:
+        """Computed tokens of a batch that is to take `limit_s` seconds, and is no larger than need be."""
+        room = _room(limit_s, a, b)
+        return min(room, _large_enough(a, b)) if self.packed else room
+
+    def _optimistic(self, limit_s: float) -> float:
+        """The same with the smallest slope that the data allow.
+
+        What that says of a pack is bounded by what is likely: with packs of one size, it would say anything.
+        """
+        room = self._room(limit_s, self._least)
+        return min(room, _GROWTH * _large_enough(self._a, self._b)) if self.packed else room
 
     def _fit(self, x: float, t: float) -> None:
         weight = 1 / (t * t)
@@ -234,8 +287,13 @@ class CostModel:
         self._a, self._b = a, b
 
 
+def _large_enough(a: float, b: float) -> float:
+    """Tokens of a pack beyond which a token gets hardly any cheaper."""
+    return max(_LEAST_PACK, (1 / _CALL_SHARE - 1) * a / b) if b > 0 else math.inf
+
+
 def _room(limit_s: float, a: float, b: float) -> float:
-    """Padded tokens of a batch that takes `limit_s` seconds; at least 1.
+    """Computed tokens of a batch that takes `limit_s` seconds; at least 1.
 
     Where the call itself takes most of that, smaller batches would lose throughput and save no time. So
     the limit is raised to 2 a, by half at most, and is never below 1.25 a.
@@ -248,6 +306,6 @@ def _clipped(error: float) -> float:
     return min(max(error, -_OUTLIER), _OUTLIER)
 
 
-def _shared(items: float, tokens: float, most: int, limit_s: float, a: float, b: float) -> float:
+def _shared(items: float, tokens: float, most: int, room: float, a: float, b: float) -> float:
     """Seconds for so many items in the largest batches that are allowed, in parts of a batch if need be."""
-    return a * max(items / most, tokens / _room(limit_s, a, b)) + b * tokens
+    return a * max(items / most, tokens / room) + b * tokens

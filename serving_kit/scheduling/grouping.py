@@ -1,7 +1,7 @@
 """Which waiting items share a step: in order of arrival, or by like lengths.
 
-Pure functions of lengths and of a cost a + b * n * longest. Not here: when the step starts (`scheduler.py`),
-the cost (`cost.py`).
+Pure functions of lengths and of a cost a + b * n * longest, for models that pad. Not here: when the step
+starts and what shares it where the model packs (`scheduler.py`), the cost (`cost.py`).
 """
 
 from __future__ import annotations

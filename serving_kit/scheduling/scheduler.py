@@ -17,6 +17,7 @@ The rules, in the order in which they decide:
    nothing is waited for.
 2. The oldest live item is in every batch, so none starves. Items of another key never join it.
 3. The other items are chosen by length: the cheapest cut of the waiting items into batches (`grouping.py`).
+   Where the model packs they are the next oldest, and fewer where one more would make another late.
 4. An item that is expired, or cannot be answered in time by its own batch, never starts.
 5. Items that go on after a step are in every following step that has room for them, the oldest first. Waiting
    ones join them where sequences and tokens allow it, the oldest first, and without making the step too long
@@ -32,9 +33,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from serving_kit.failures.memory_limit import MemoryLimit
-from serving_kit.items import Drop, Item, ItemState, longest, padded
-from serving_kit.records import BatchReason
-from serving_kit.scheduling.admission import Admission, QueueState, Rejected, step_limit_s
+from serving_kit.items import Item, ItemState, computed, longest
+from serving_kit.model import PADDED, Layout
+from serving_kit.records import BatchReason, Drop
+from serving_kit.scheduling.admission import Admission, QueueState, Rejected, step_limit_s, token_limit
 from serving_kit.scheduling.closed_loop import ClosedLoop
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.grouping import fifo_prefix, group_by_length
@@ -54,6 +56,7 @@ class Batch:
     items: tuple[Item, ...]
     reason: BatchReason
     left_waiting: int
+    packed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -61,9 +64,9 @@ class Batch:
         return sum(item.tokens for item in self.items)
 
     @property
-    def padded_tokens(self) -> int:
+    def computed_tokens(self) -> int:
         """Tokens that the model computes."""
-        return padded(self.items)
+        return computed(self.items, packed=self.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +93,20 @@ class Scheduler:
 
     Args:
         settings: May be replaced at any time; counts from the next call.
-        cost: The learned cost at first.
+        cost: The learned cost at first, of a model of this layout.
+        layout: Whether the model packs the items of a step.
 
     Attributes:
         draining: Whether new items are refused, and nothing is waited for.
         memory_limit: What has turned out not to fit into memory.
     """
 
-    def __init__(self, settings: Settings, cost: CostModel | None = None) -> None:
+    def __init__(self, settings: Settings, cost: CostModel | None = None, layout: Layout = PADDED) -> None:
         self.settings = settings
-        self.cost = cost or CostModel()
-        self.memory_limit = MemoryLimit()
+        self.layout = layout
+        self.cost = cost or CostModel(packed=layout.packed)
+        assert self.cost.packed is layout.packed, "a cost of another layout. This is a bug."
+        self.memory_limit = MemoryLimit(packed=layout.packed)
         self.draining = False
         self._watchdog = Watchdog()
         self._admission = Admission(self.cost, self._watchdog)
@@ -223,7 +229,7 @@ class Scheduler:
             return ""
         continuing = list(continuing)
         go_on = [item for item in continuing if not item.cancelled and item.state is ItemState.RUNNING]
-        tokens, padded_tokens = batch.tokens, batch.padded_tokens
+        tokens, computed_tokens = batch.tokens, batch.computed_tokens
         ended = list(batch.items)
         if go_on:
             alive = set(go_on)
@@ -241,10 +247,10 @@ class Scheduler:
         # The tokens of items that go on are those of their next step already.
         if not ok or begun is None or continuing or batch.reason is BatchReason.CONTINUED:
             return ""
-        return self._learn(batch, tokens, padded_tokens, now - begun, now)
+        return self._learn(batch, tokens, computed_tokens, now - begun, now)
 
     def token_budget(self) -> int:
-        """Most padded tokens in one step (`max_batch_tokens`, or what "auto" means now)."""
+        """Most computed tokens in one step (`max_batch_tokens`, or what "auto" means now)."""
         limit = self.settings.max_batch_tokens
         return self.cost.budget(step_limit_s(self.settings)) if limit == "auto" else limit
 
@@ -259,7 +265,7 @@ class Scheduler:
         queue = self._queue_state(now)
         while anchor := self._next_anchor(now, hopeless):
             items, reason = self._group(anchor, now)
-            cost_s = self._admission.reserve_s(padded(items), self.settings)
+            cost_s = self._admission.reserve_s(self._computed(items), self.settings)
             if self._admission.cannot_finish(anchor, now + cost_s, queue, self.settings):
                 self._remove([anchor])
                 hopeless.append(anchor)
@@ -279,9 +285,7 @@ class Scheduler:
         """The next step of the items that go on, with those that join them."""
         most, queue, budget = self.settings.max_batch_size, self._queue_state(now), self.token_budget()
         items = self._continuing[:most]
-        while len(items) > 1 and (
-            padded(items) > budget or padded(items) > self.memory_limit.limit(longest(items), now)
-        ):
+        while len(items) > 1 and (self._computed(items) > budget or not self._fits(items, now)):
             items = items[:-1]  # the newest waits for the next step
         going_on = items
         # What goes on comes before what is new.
@@ -291,11 +295,11 @@ class Scheduler:
             return _Choice(items, BatchReason.CONTINUED)
         for item in self._queue[: self._window()]:
             joined = [*items, item]
-            if len(items) == most or item.key != anchor.key or padded(joined) > budget:
+            if len(items) == most or item.key != anchor.key or self._computed(joined) > budget:
                 break
-            if padded(joined) > self.memory_limit.limit(longest(joined), now):
+            if not self._fits(joined, now):
                 break
-            end = now + self._admission.reserve_s(padded(joined), self.settings)
+            end = now + self._admission.reserve_s(self._computed(joined), self.settings)
             new = joined[len(going_on) :]  # one that joins must not make the step too long for another
             if not any(self._admission.cannot_finish(each, end, queue, self.settings) for each in new):
                 items = joined
@@ -320,12 +324,14 @@ class Scheduler:
         """The anchor, the items to run with it, and what bounds their number."""
         most, budget = self.settings.max_batch_size, self.token_budget()
         peers = [item for item in self._queue if item.key == anchor.key][: self._window()]
+        if self.layout.packed:
+            return self._pack(peers, most, budget, now)
         if self.settings.group_by_length:
             items = group_by_length(peers, most, budget, self.cost.a, self.cost.b)
         else:
             items = fifo_prefix(peers, most, budget)
         chosen = len(items)
-        while len(items) > 1 and padded(items) > self.memory_limit.limit(longest(items), now):
+        while len(items) > 1 and not self._fits(items, now):
             items.remove(max((item for item in reversed(items) if item is not anchor), key=_tokens))
         if len(items) < chosen:
             return items, BatchReason.BUDGET
@@ -334,6 +340,41 @@ class Scheduler:
         if (len(items) + 1) * longest(items) > budget:
             return items, BatchReason.BUDGET
         return items, BatchReason.IDLE
+
+    def _pack(
+        self, peers: Sequence[Item], most: int, budget: int, now: float
+    ) -> tuple[list[Item], BatchReason]:
+        """The oldest of `peers` that fit together, and what bounds their number.
+
+        Fewer where one more would make one of them late. What would be late itself is passed over.
+        """
+        queue, bound = self._queue_state(now), min(budget, self.memory_limit.limit(0, now))
+        items, tokens = [peers[0]], peers[0].tokens
+        urgent = peers[0]  # which of them has the earliest deadline
+        for item in peers[1:]:
+            if len(items) == most:
+                return items, BatchReason.FULL
+            if tokens + item.tokens > bound:
+                return items, BatchReason.BUDGET
+            end = now + self._admission.reserve_s(tokens + item.tokens, self.settings)
+            if self._admission.cannot_finish(item, end, queue, self.settings):
+                continue
+            if self._admission.cannot_finish(urgent, end, queue, self.settings):
+                return items, BatchReason.BUDGET
+            items.append(item)
+            tokens += item.tokens
+            urgent = min(urgent, item, key=_deadline)
+        if len(items) == most:
+            return items, BatchReason.FULL
+        is_full = tokens + tokens / len(items) > bound  # one more of their mean length
+        return items, BatchReason.BUDGET if is_full else BatchReason.IDLE
+
+    def _computed(self, items: Sequence[Item]) -> int:
+        return computed(items, packed=self.layout.packed)
+
+    def _fits(self, items: Sequence[Item], now: float) -> bool:
+        """Whether these items together are known to fit into memory, or nothing is known."""
+        return self._computed(items) <= self.memory_limit.limit(longest(items), now)
 
     def _reason(self, bound: BatchReason) -> BatchReason:
         """Why a batch is sent that `bound` limits."""
@@ -373,8 +414,10 @@ class Scheduler:
         for item in choice.items:
             if item.state is ItemState.WAITING:
                 item.state, item.started = ItemState.RUNNING, now
-        self._running = batch = Batch(tuple(choice.items), choice.reason, len(self._queue))
-        end = now + self.cost.seconds(batch.padded_tokens)
+        self._running = batch = Batch(
+            tuple(choice.items), choice.reason, len(self._queue), self.layout.packed
+        )
+        end = now + self.cost.seconds(batch.computed_tokens)
         self._in_time = self.cost.known and all(item.deadline >= end for item in batch.items)
         self._busy_until = end
         return batch
@@ -382,28 +425,31 @@ class Scheduler:
     def _drop(self, hopeless: list[Item], now: float) -> list[tuple[Item, Drop]]:
         """End the items that cannot be answered in time, with what that says about each."""
         self._end(hopeless)
-        if any(item.priced for item in hopeless):
-            self._admission.adapt(1, 1, self.settings, now)
+        if priced := sum(item.priced for item in hopeless):
+            counted = priced if self.layout.packed else 1
+            self._admission.adapt(counted, counted, self.settings, now)
         queue, dropped = self._queue_state(now), []
         for item in hopeless:  # less time than any step takes is the client's own limit, not the load
             too_short = self._admission.is_too_short(item, queue, self.settings, item.arrived)
             dropped.append((item, Drop.EXPIRED if too_short else Drop.HOPELESS))
         return dropped
 
-    def _learn(self, batch: Batch, tokens: int, padded_tokens: int, seconds: float, now: float) -> str:
+    def _learn(self, batch: Batch, tokens: int, computed_tokens: int, seconds: float, now: float) -> str:
         """Let an answered batch correct the cost, or release it. Returns why it was released."""
         limit_s, most = step_limit_s(self.settings), self.settings.max_batch_size
-        self.cost.observe(padded_tokens, seconds)
+        self.cost.observe(computed_tokens, seconds)
         # A batch that was kept small to try out its size says nothing about how fast the queue drains.
         tried = batch.reason is BatchReason.BUDGET and self.cost.grows(limit_s)
         if batch.left_waiting and not tried:
-            self.cost.observe_drain(len(batch.items), tokens, padded_tokens, seconds, most, limit_s)
+            budget = token_limit(self.settings, self.cost)
+            self.cost.observe_drain(len(batch.items), tokens, computed_tokens, seconds, most, limit_s, budget)
         for item in batch.items:
             self._watchdog.item_done(item, now)
-        self._admission.adapt(len(batch.items), 0, self.settings, now)
+        late = sum(item.deadline < now for item in batch.items)
+        lost = sum(item.priced and item.deadline < now for item in batch.items) if self.layout.packed else 0
+        self._admission.adapt(len(batch.items), lost, self.settings, now)
         if self._in_time:
-            late = 2 * sum(item.deadline < now for item in batch.items) > len(batch.items)
-            self._watchdog.batch_done(late=late)
+            self._watchdog.batch_done(late=2 * late > len(batch.items))
         if why := self._watchdog.assess(now):
             self.cost.relearn()
         return why
@@ -438,6 +484,10 @@ class Scheduler:
 
 def _arrival(item: Item) -> float:
     return item.arrived
+
+
+def _deadline(item: Item) -> float:
+    return item.deadline
 
 
 def _tokens(item: Item) -> int:

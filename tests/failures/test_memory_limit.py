@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from serving_kit.failures.memory_limit import MemoryLimit
 from serving_kit.items import Item
+from serving_kit.model import Layout
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
@@ -35,14 +36,14 @@ def day_at_full_load(capacity: int, length: int, seconds: float = 86_400) -> tup
         batch = scheduler.poll(now).batch
         assert batch is not None
         scheduler.finished(now, ok=True)
-        if batch.padded_tokens > capacity:
+        if batch.computed_tokens > capacity:
             exceeded += 1
-            least = batch.padded_tokens
+            least = batch.computed_tokens
             while least / 2 > capacity:
                 least //= 2
             scheduler.memory_limit.exceeded(length, least, now)
         else:
-            shares.append(batch.padded_tokens / capacity)
+            shares.append(batch.computed_tokens / capacity)
         now += 30.0
     return exceeded, sum(shares) / len(shares)
 
@@ -66,6 +67,13 @@ def test_tried_again_after_a_period_that_doubles() -> None:
     assert limit.limit(8, 310.0 + 600) == math.inf
 
 
+def test_one_limit_where_the_model_packs() -> None:
+    """There are no rows of one length: what counts is the sum."""
+    limit = MemoryLimit(packed=True)
+    limit.exceeded(500, 8000, 0.0)
+    assert [limit.limit(length, 0.0) for length in (1, 500, 5000)] == [4000] * 3
+
+
 def test_shorter_items_may_have_more() -> None:
     limit = MemoryLimit()
     limit.exceeded(500, 8000, 0.0)
@@ -80,13 +88,16 @@ def test_shorter_items_may_have_more() -> None:
     lengths=st.lists(st.integers(1, 600), min_size=1, max_size=60),
     exceeded=st.lists(st.tuples(st.integers(1, 600), st.integers(2, 20_000)), max_size=4),
     by_length=st.booleans(),
+    packed=st.booleans(),
 )
-def test_no_batch_exceeds_it(lengths: list[int], exceeded: list[tuple[int, int]], by_length: bool) -> None:
+def test_no_batch_exceeds_it(
+    lengths: list[int], exceeded: list[tuple[int, int]], by_length: bool, packed: bool
+) -> None:
     """And the oldest item is in the batch all the same."""
-    cost = CostModel()
+    cost = CostModel(packed=packed)
     for timing in [(100, 0.01), (200, 0.02), (400, 0.04)]:
         cost.observe(*timing)
-    scheduler = Scheduler(Settings(group_by_length=by_length), cost)
+    scheduler = Scheduler(Settings(group_by_length=by_length), cost, Layout(packed))
     for longest, padded in exceeded:
         scheduler.memory_limit.exceeded(longest, padded, 0.0)
     oldest, *_ = fill(scheduler, lengths, 0.0)
@@ -94,7 +105,7 @@ def test_no_batch_exceeds_it(lengths: list[int], exceeded: list[tuple[int, int]]
     assert batch is not None
     assert oldest in batch.items
     longest = max(item.tokens for item in batch.items)
-    assert len(batch.items) == 1 or batch.padded_tokens <= scheduler.memory_limit.limit(longest, 0.0)
+    assert len(batch.items) == 1 or batch.computed_tokens <= scheduler.memory_limit.limit(longest, 0.0)
 
 
 def test_items_that_go_on_keep_the_others_out() -> None:

@@ -261,7 +261,7 @@ def test_too_many_together() -> None:
     conclusions = driver.recover([running("vvvv"), *batch(8)[1:]])
     assert conclusions.too_large is not None
     assert values(conclusions.too_large.items) == ["v4", "v5", "v6", "v7"]
-    assert (conclusions.too_large.longest, conclusions.too_large.padded_tokens) == (2, 8)
+    assert (conclusions.too_large.longest, conclusions.too_large.computed_tokens) == (2, 8)
     assert driver.canaries == 0
     assert len(driver.answered) == 8
 

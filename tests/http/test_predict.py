@@ -80,6 +80,7 @@ def test_full_queue(client: httpx.Client, model: GatedModel) -> None:
         until(lambda: server_of(client).stats()["queue_depth"] == 4)
         refused = client.post("/", content="e")
         assert problem(refused, 503)["error_type"] == "overloaded"
+        assert "dropped" not in refused.json(), "it was refused on arrival"
         assert refused.headers["retry-after"] == "1"
         server_of(client).tune(overload_status=429)
         assert problem(client.post("/", content="e"), 429)["title"] == "Too Many Requests"
@@ -90,7 +91,8 @@ def test_full_queue(client: httpx.Client, model: GatedModel) -> None:
 
 def test_deadline_during_a_model_call(client: httpx.Client, model: GatedModel) -> None:
     late = client.post("/", content="wait", headers={"x-request-timeout-ms": "50"})
-    assert problem(late, 504)["error_type"] == "deadline_exceeded"
+    body = problem(late, 504)
+    assert (body["error_type"], body["dropped"]) == ("deadline_exceeded", True)
     assert not model.gate.is_set(), "it is still running"
     queued = client.post("/", content="never started", headers={"x-request-timeout-ms": "50"})
     problem(queued, 504)
@@ -98,6 +100,7 @@ def test_deadline_during_a_model_call(client: httpx.Client, model: GatedModel) -
     assert client.post("/", content="b").json() == "B"
     stats = server_of(client).stats()
     assert (stats["requests"]["expired"], stats["wasted_items"]) == (2, 1)
+    assert stats["dropped_items"] == {"expired": 2, "hopeless": 0}
     assert model.sizes == [1, 1], "the one that waited never ran"
 
 

@@ -70,7 +70,8 @@ def test_stats_info_and_live(client: httpx.Client) -> None:
     assert len(stats["series"]) == 10
     assert sum(second["ok"] for second in stats["series"]) == 1
     assert "series" not in client.get("/stats?series=%F0%9F%98%80").json()
-    assert client.get("/info").json()["task"] == "function"
+    info = client.get("/info").json()
+    assert (info["task"], info["layout"]) == ("function", {"packed": False, "reason": ""})
     assert client.get("/live").json() == {"status": "live"}
 
 

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving_kit.items import Drop, Item
+from serving_kit.items import Item
+from serving_kit.model import PADDED, Layout
+from serving_kit.records import Drop
 from serving_kit.scheduling import grouping
 from serving_kit.scheduling import scheduler as scheduler_module
 from serving_kit.scheduling.admission import Rejected
@@ -20,8 +22,11 @@ pytestmark = pytest.mark.light
 A, B = 0.004, 60e-6  # seconds per call and per padded token, as on a CPU
 
 
-def taught(a: float = A, b: float = B) -> CostModel:
-    cost = CostModel()
+PACKED = Layout(packed=True)
+
+
+def taught(a: float = A, b: float = B, layout: Layout = PADDED) -> CostModel:
+    cost = CostModel(packed=layout.packed)
     for x in (10, 200, 1000, 50, 600) * 2:
         cost.observe(x, a + b * x)
     return cost
@@ -51,6 +56,7 @@ def ask(scheduler: Scheduler, *, now: float, timeout_s: float) -> Decision | Rej
     return scheduler.poll(now)
 
 
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
 @given(
     queued=st.lists(st.integers(1, 500), max_size=30),
     more=st.integers(1, 500),
@@ -61,13 +67,19 @@ def ask(scheduler: Scheduler, *, now: float, timeout_s: float) -> Decision | Rej
 )
 @settings(deadline=None)
 def test_monotonic(
-    queued: list[int], more: int, tokens: tuple[int, int], timeout: float, less: float, most: int
+    queued: list[int],
+    more: int,
+    tokens: tuple[int, int],
+    timeout: float,
+    less: float,
+    most: int,
+    layout: Layout,
 ) -> None:
     """[10] More work or less time admits nothing more, and the item's own length does not count."""
 
     def admits(queue: list[int], length: int, time: float) -> bool:
         real = Settings(max_queue_size=most, timeout_ms=2000)
-        scheduler = Scheduler(real, taught())
+        scheduler = Scheduler(real, taught(layout=layout), layout)
         run_one(scheduler, 99.9)
         scheduler.settings = real.replace(drop_hopeless=False)
         for n in queue[:most]:
@@ -79,6 +91,37 @@ def test_monotonic(
         assert not admits([*queued, more], tokens[0], timeout)
         assert not admits(queued, tokens[0], timeout * less)
     assert admits(queued, tokens[0], timeout) == admits(queued, tokens[1], timeout)
+
+
+def test_steps_ahead_of_a_packed_item() -> None:
+    """The rest of the running step, two of the budget, and its own with a text of the usual length."""
+    knobs = Settings(max_batch_tokens=100, max_batch_size=100, timeout_ms=10_000)
+    scheduler = Scheduler(knobs, taught(a=0.1, b=0.001, layout=PACKED), PACKED)
+    run_one(scheduler, 100.0)
+    for _ in range(30):
+        one = item(101.0, 10)
+        assert scheduler.offer([one], 101.0) is None
+        scheduler.ready(one, 10, "g")
+    assert scheduler.poll(101.0).batch is not None, "100 tokens: 0.2 s"
+    needed_s = (0.2 + 2 * 0.2 + 0.11) / (1 - 0.25)  # a quarter is kept in reserve at first
+    assert scheduler.offer([item(101.0, 10, timeout=needed_s * 0.95)], 101.0) is not None
+    assert scheduler.offer([item(101.0, 10, timeout=needed_s * 1.05)], 101.0) is None
+
+
+def test_a_pack_that_is_cut_keeps_its_oldest_in_time() -> None:
+    """Instead of dropping it for the sake of the younger ones."""
+    knobs = Settings(max_batch_tokens=10_000, timeout_ms=10_000)
+    scheduler = Scheduler(knobs, taught(a=0.1, b=0.001, layout=PACKED), PACKED)
+    run_one(scheduler, 100.0)
+    items = [item(100.5, 100, timeout=t) for t in (0.5, 9.0, 9.0, 9.0, 9.0)]
+    for one in items:
+        scheduler.settings = knobs.replace(drop_hopeless=False)
+        assert scheduler.offer([one], 100.5) is None
+    scheduler.settings = knobs
+    decision = scheduler.poll(100.5)
+    assert decision.batch is not None
+    assert not decision.dropped
+    assert list(decision.batch.items) == items[:3]
 
 
 def test_whole_requests_only() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving_kit.model import PADDED, Layout
 from serving_kit.scheduling.cost import CostModel
 from tests.support_scheduling import Outcome, TrueCost, lognormal, simulate
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.light
 
 CPU = (0.003, 150e-6)  # seconds per call and per token; 86 texts a second one by one
 A, B = 0.004, 60e-6
+PACKED = Layout(packed=True)
 
 
 def from_then_on(start: float, factor: float, end: float = 1e9) -> Callable[[float], float]:
@@ -31,12 +33,13 @@ def from_then_on(start: float, factor: float, end: float = 1e9) -> Callable[[flo
 def run(seconds: float, a: float, b: float, **more: Any) -> tuple[Outcome, Outcome]:
     """The scheduler that has to learn, and the oracle."""
     length = more.pop("length", None)
+    packed = more.get("layout", PADDED).packed
 
     def once(cost: CostModel) -> Outcome:
         lengths = length and length(random.Random(5))
         return simulate(seconds, a, b, cost=cost, length=lengths or (lambda: 1), noise=0.05, **more)
 
-    return once(more.pop("cost", CostModel())), once(TrueCost(a, b))
+    return once(more.pop("cost", CostModel(packed=packed))), once(TrueCost(a, b, packed=packed))
 
 
 # -- batches of one  ------------------------------------------------------
@@ -84,19 +87,21 @@ def test_lasting_slow_down_is_learned(factor: float) -> None:
     assert not mine.released, "it was learned, not released"
 
 
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
 @pytest.mark.parametrize("factor", [2, 10, 50])
-def test_slow_down_of_texts_passes(factor: float) -> None:
-    mine, oracle = run(90, *CPU, rate=344, timeout=1, length=lognormal, slowness=from_then_on(30, factor, 60))
+def test_slow_down_of_texts_passes(factor: float, layout: Layout) -> None:
+    slowness = from_then_on(30, factor, 60)
+    mine, oracle = run(90, *CPU, rate=344, timeout=1, length=lognormal, slowness=slowness, layout=layout)
     assert mine.count("ok", 30) >= 0.9 * oracle.count("ok", 30)
     assert mine.count("ok", 61) >= 0.9 * oracle.count("ok", 61)
 
 
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
 @pytest.mark.parametrize("factor", [1 / 2, 1 / 10, 1 / 50])
-def test_speed_up_is_learned(factor: float) -> None:
-    a, b = CPU
-    mine, oracle = run(
-        60, 10 * a, 10 * b, rate=86, timeout=1, length=lognormal, slowness=from_then_on(30, factor)
-    )
+def test_speed_up_is_learned(factor: float, layout: Layout) -> None:
+    a, b = 10 * CPU[0], 10 * CPU[1]
+    slowness = from_then_on(30, factor)
+    mine, oracle = run(60, a, b, rate=86, timeout=1, length=lognormal, slowness=slowness, layout=layout)
     assert mine.count("ok", 30) >= 0.9 * oracle.count("ok", 30)
 
 
@@ -193,6 +198,45 @@ def test_noisy_batches(a: float, b: float, seed: int) -> None:
         budget = cost.budget(limit)
         assert budget >= 950, "a batch that is known to fit is allowed"
         assert a + b * budget <= 2 * limit, "at most twice as slow as asked"
+
+
+# -- models that pack -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "tokens"),
+    [(0.003, 150e-6, 647), (0.02, 50e-6, 12_933), (1e-5, 150e-6, 256), (1.0, 1e-3, 4_000)],
+)
+def test_size_of_a_pack(a: float, b: float, tokens: int) -> None:
+    """The call is 3 % of it; at least 256 tokens; the time for a step bounds it, here at 5 s."""
+    cost = CostModel(packed=True)
+    for x in (10, 100, 1_000, 10_000, 20_000) * 40:
+        cost.observe(x, a + b * x)
+    assert tokens * 0.95 <= cost.budget(5.0) <= 2 * tokens
+
+
+@pytest.mark.parametrize("size", [64, 256, 5000])
+def test_packs_of_one_size_lock_nothing_in(size: int) -> None:
+    """What they cost says nothing of the call: larger ones are tried, up to twice as large."""
+    cost = CostModel(packed=True)
+    for _ in range(300):
+        cost.observe(size, 0.01 + 1e-4 * size)
+    assert size < cost.budget(10.0) <= max(256, 2 * size)
+
+
+@given(
+    items=st.integers(1, 500),
+    tokens=st.integers(1, 100_000),
+    most=st.integers(1, 64),
+    budget=st.integers(1, 5000),
+)
+def test_wait_in_whole_steps(items: int, tokens: int, most: int, budget: int) -> None:
+    """Never less than the ideal drain, and less than one more call above it."""
+    cost = TrueCost(*CPU, packed=True)
+    wait_s, call_s = cost.wait(items, tokens, most, 10.0, budget), cost.wait(1, 0, 1, 10.0)
+    ideal_s = cost.drain(items, tokens, most, 10.0, budget=budget, at_least=True)
+    assert call_s == pytest.approx(CPU[0], rel=0.01)
+    assert ideal_s * (1 - 1e-9) <= wait_s <= (ideal_s + call_s) * (1 + 1e-9)
 
 
 def test_unknown_cost() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving_kit.items import Item
+from serving_kit.model import PADDED, Layout
 from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
 from tests.support_scheduling import Outcome, known_cost, lognormal, run_one, simulate
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.light
 
 A, B = 0.003, 150e-6
 CAPACITY = 86.0  # a second, in batches of one
+PACKED = Layout(packed=True)
 
 
-def overloaded(times: float, **more: object) -> Outcome:
+def overloaded(times: float, layout: Layout = PADDED, **more: object) -> Outcome:
     dice = random.Random(5)
 
     def guess(tokens: int) -> int:
@@ -38,6 +40,7 @@ def overloaded(times: float, **more: object) -> Outcome:
         timeout=0.5,
         estimate=guess,
         noise=0.08,
+        layout=layout,
         **more,  # type: ignore[arg-type]
     )
 
@@ -59,12 +62,42 @@ def test_goodput_under_overload(times: float, peak: float) -> None:
     assert rejected_s[int(0.99 * len(rejected_s))] <= 0.020, "the others are told at once"
 
 
-def test_below_the_knee() -> None:
-    run = overloaded(0.9)
+@pytest.fixture(scope="module")
+def packed_peak() -> float:
+    return max(overloaded(times, PACKED).rate for times in (1.2, 1.5, 2.0))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("times", "least"), [(2, 0.97), (5, 0.93), (10, 0.90)])
+def test_packed_overload(times: float, least: float, seed: int, packed_peak: float) -> None:
+    run = overloaded(times, PACKED, seed=seed)
+    assert run.rate >= least * packed_peak
+    assert run.longest_in_time() >= 0.85
+    lost = run.count("late") + run.count("dropped")
+    assert lost <= 0.001 * (lost + run.count("ok")), "nearly all that are admitted are answered"
+    refused_s = sorted(end.after for end in run.ends if end.how in ("rejected", "dropped"))
+    assert refused_s[int(0.99 * len(refused_s))] <= 0.020, "the others are told at once"
+
+
+def test_packed_overload_of_a_gpu() -> None:
+    """A call costs as much as 3,000 tokens, and all that waits is in a few steps."""
+    dice = random.Random(5)
+    run = simulate(
+        10, 6e-3, 2e-6, rate=6600.0, length=lognormal(dice), timeout=0.2, noise=0.08, layout=PACKED
+    )
+    lost = run.count("late") + run.count("dropped")
+    assert lost <= 0.001 * (lost + run.count("ok"))
+    assert run.rate >= 3000
+
+
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
+def test_below_the_knee(layout: Layout) -> None:
+    run = overloaded(0.9, layout)
     assert run.share("ok") >= 0.99
     assert run.longest_in_time() >= 0.98
 
 
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
     steps=st.floats(3.5, 100),
@@ -73,14 +106,17 @@ def test_below_the_knee() -> None:
     most=st.integers(4, 32),
 )
 @settings(deadline=None, max_examples=100)
-def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float, b: float, most: int) -> None:
+def test_admitted_items_are_answered(
+    lengths: list[int], steps: float, a: float, b: float, most: int, layout: Layout
+) -> None:
     """[11] Bursts, a cost that is known exactly, texts of which none takes a third of the timeout.
 
     The first ten bursts teach what such texts cost together, and how much time to keep in reserve. Items that
     are admitted without a price do not count: the queue was idle, or the cost had just been released.
     """
     timeout = steps * (a + b * 300)
-    scheduler = Scheduler(Settings(max_batch_size=most, timeout_ms=timeout * 1000), known_cost(a, b))
+    knobs = Settings(max_batch_size=most, timeout_ms=timeout * 1000)
+    scheduler = Scheduler(knobs, known_cost(a, b, packed=layout.packed), layout)
     now, admitted, dropped = 0.0, 0, 0
     for burst in range(30):
         now = run_one(scheduler, now)
@@ -93,7 +129,7 @@ def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float,
             decision = scheduler.poll(now)
             dropped += sum(item.priced for item, _ in decision.dropped) * (burst >= 10)
             if decision.batch is not None:
-                now += a + b * decision.batch.padded_tokens
+                now += a + b * decision.batch.computed_tokens
                 trusted = scheduler.cost.trusted  # else it has just been released
                 scheduler.finished(now, ok=True)
                 assert not trusted or all(each.deadline >= now for each in decision.batch.items)
@@ -104,15 +140,17 @@ def test_admitted_items_are_answered(lengths: list[int], steps: float, a: float,
     assert dropped <= 0.05 * admitted + 6
 
 
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
     most=st.integers(1, 8),
     young=st.lists(st.integers(1, 300), max_size=60),
 )
 @settings(deadline=None)
-def test_no_item_starves(lengths: list[int], most: int, young: list[int]) -> None:
+def test_no_item_starves(lengths: list[int], most: int, young: list[int], layout: Layout) -> None:
     """[7] With p older items ahead an item is in one of the next p + 1 batches, whatever comes after."""
-    scheduler = Scheduler(Settings(max_batch_size=most, max_queue_size=1000), known_cost(A, B))
+    knobs = Settings(max_batch_size=most, max_queue_size=1000)
+    scheduler = Scheduler(knobs, known_cost(A, B, packed=layout.packed), layout)
     for tokens in lengths:
         item = Item(0.0, 1e6, tokens)
         scheduler.offer([item], 0.0)

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serving_kit.items import Drop, Item, ItemState, padded
-from serving_kit.records import BatchReason
-from serving_kit.scheduling.admission import Rejected, step_limit_s
+from serving_kit.items import Item, ItemState, computed
+from serving_kit.model import PADDED, Layout
+from serving_kit.records import BatchReason, Drop
+from serving_kit.scheduling.admission import Rejected, step_limit_s, token_limit
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.scheduler import Batch, Scheduler
 from serving_kit.settings import Settings
@@ -24,15 +25,16 @@ from tests.support_scheduling import item
 pytestmark = pytest.mark.light
 
 A, B = 0.004, 60e-6  # seconds per call and per padded token, as on a CPU
+PACKED = Layout(packed=True)
 LONGEST_GAP_S = 0.02  # that closed-loop clients are waited for after a step
 
 
 def true_cost(batch: Batch) -> float:
-    return A + B * batch.padded_tokens
+    return A + B * batch.computed_tokens
 
 
-def taught(a: float = A, b: float = B) -> CostModel:
-    cost = CostModel()
+def taught(a: float = A, b: float = B, *, packed: bool = False) -> CostModel:
+    cost = CostModel(packed=packed)
     for x in (10, 200, 1000, 50, 600):
         cost.observe(x, a + b * x)
     return cost
@@ -42,12 +44,15 @@ class History(RuleBasedStateMachine):
     """Clients, a model that takes exactly its true cost, items of several steps, settings that change."""
 
     exact_cost = False
+    layout = PADDED
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 100.0
         self.knobs = Settings(timeout_ms=2000, max_queue_size=20, max_batch_size=4)
-        self.scheduler = Scheduler(self.knobs, taught() if self.exact_cost else CostModel())
+        packed = self.layout.packed
+        cost = taught(packed=packed) if self.exact_cost else CostModel(packed=packed)
+        self.scheduler = Scheduler(self.knobs, cost, self.layout)
         self.items: list[Item] = []
         self.steps_left: dict[int, int] = {}
         self.outcome: dict[int, str] = {}
@@ -225,12 +230,12 @@ class History(RuleBasedStateMachine):
         """A step of an idle model."""
         items = batch.items
         assert 1 <= len(items) <= knobs.max_batch_size, "[2]"
-        assert len(items) == 1 or batch.padded_tokens <= budget, "[2]"
+        assert len(items) == 1 or batch.computed_tokens <= budget, "[2]"
         assert alive[0] in items, "[7] the oldest live item is in it"
         left = [i for i in alive if i not in items and i.key == items[0].key]
         for young, old in itertools.product(items, left):
             alike = young.tokens == old.tokens
-            urgent = old.deadline < self.now + self.scheduler.cost.high(batch.padded_tokens)
+            urgent = old.deadline < self.now + self.scheduler.cost.high(batch.computed_tokens)
             overtaken = alike and old.arrived < young.arrived
             assert not overtaken or urgent, "[8] equals: first come, first served"
 
@@ -240,18 +245,19 @@ class History(RuleBasedStateMachine):
         kept = [i for i in oldest_first if i in batch.items]
         assert kept == oldest_first[: len(kept)] != [], "they are in every step, the oldest first"
         if len(kept) < min(len(oldest_first), knobs.max_batch_size):
-            assert padded(oldest_first[: len(kept) + 1]) > budget, "they are in every step that has room"
+            more = computed(oldest_first[: len(kept) + 1], packed=self.layout.packed)
+            assert more > budget, "they are in every step that has room"
         assert batch.reason is BatchReason.CONTINUED
         assert len(batch.items) <= knobs.max_batch_size, "[2]"
         joined = [i for i in batch.items if i not in self.going_on]
         if not joined:
             return
-        assert batch.padded_tokens <= budget, "[2]"
+        assert batch.computed_tokens <= budget, "[2]"
         assert alive[0].key == batch.items[0].key, "[7] the oldest has another key: it is its turn next"
         left = [i for i in alive if i not in joined]
         for young, old in itertools.product(joined, left):
             # An older one is passed over if it, or one that has joined before, would be too late with it.
-            end = self.now + self.scheduler.cost.high(batch.padded_tokens + 8 * 300)
+            end = self.now + self.scheduler.cost.high(batch.computed_tokens + 8 * 300)
             urgent = any(each.deadline < end for each in (old, *joined))
             assert old.arrived >= young.arrived or urgent, "[7] they join in order of arrival"
 
@@ -269,7 +275,11 @@ class History(RuleBasedStateMachine):
             waiting, knobs = self.waiting(), self.scheduler.settings
             tokens = sum(i.tokens for i in waiting)
             expected_s = self.scheduler.cost.drain(
-                len(waiting), tokens, knobs.max_batch_size, step_limit_s(knobs)
+                len(waiting),
+                tokens,
+                knobs.max_batch_size,
+                step_limit_s(knobs),
+                budget=token_limit(knobs, self.scheduler.cost),
             )
             assert self.scheduler.drain_s(self.now) == pytest.approx(expected_s)
 
@@ -301,10 +311,41 @@ class HistoryOfKnownCost(History):
                 assert in_time or each in self.going_on
 
 
+class PackedHistory(History):
+    """The same for a model that packs."""
+
+    layout = PACKED
+
+    def check_first(self, batch: Batch, alive: list[Item], knobs: Settings, budget: int) -> None:
+        """A step is a prefix of what waits, without what cannot be answered in time by it."""
+        super().check_first(batch, alive, knobs, budget)
+        assert batch.computed_tokens == sum(each.tokens for each in batch.items)
+        peers = [each for each in alive if each.key == batch.items[0].key]
+        last = peers.index(batch.items[-1])
+        passed_over = [each for each in peers[:last] if each not in batch.items]
+        end = self.now + self.scheduler.cost.high(batch.computed_tokens)
+        assert all(each.deadline < end for each in passed_over), "nothing is passed that could be in time"
+        assert knobs.drop_hopeless or not passed_over
+        if last + 1 == len(peers) or len(batch.items) == knobs.max_batch_size:
+            return
+        more = batch.computed_tokens + peers[last + 1].tokens
+        end = self.now + self.scheduler.cost.high(more)
+        room = more <= budget and all(each.deadline >= end for each in (*batch.items, peers[last + 1]))
+        assert not room, "the next oldest has a place as long as there is one"
+
+
+class PackedHistoryOfKnownCost(PackedHistory, HistoryOfKnownCost):
+    """[6] for a model that packs."""
+
+
 TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestHistoryOfKnownCost = HistoryOfKnownCost.TestCase
 TestHistoryOfKnownCost.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPackedHistory = PackedHistory.TestCase
+TestPackedHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPackedHistoryOfKnownCost = PackedHistoryOfKnownCost.TestCase
+TestPackedHistoryOfKnownCost.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 # -- the batch --------------------------------------------------------------------------------------
@@ -356,8 +397,9 @@ def test_a_full_batch_does_not_wait() -> None:
     assert run(scheduler, 0.0).reason is BatchReason.FULL
 
 
-def test_no_tokens_left_does_not_wait() -> None:
-    scheduler = Scheduler(Settings(max_wait_ms=1000, max_batch_tokens=25))
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
+def test_no_tokens_left_does_not_wait(layout: Layout) -> None:
+    scheduler = Scheduler(Settings(max_wait_ms=1000, max_batch_tokens=25), layout=layout)
     scheduler.offer([item(0.0, 10), item(0.0, 10)], 0.0)
     assert run(scheduler, 0.0).reason is BatchReason.BUDGET
 
@@ -397,6 +439,15 @@ def test_without_grouping_it_is_fifo() -> None:
     scheduler = Scheduler(Settings(group_by_length=False, max_batch_size=3), taught())
     scheduler.offer([item(t / 1000, n) for t, n in enumerate([8, 400, 9, 380])], 0.01)
     assert [i.tokens for i in run(scheduler, 0.01).items] == [8, 400, 9]
+
+
+def test_a_pack_is_in_order_of_arrival() -> None:
+    """Whatever `group_by_length` says, and up to the sum of the lengths."""
+    scheduler = Scheduler(Settings(group_by_length=True, max_batch_tokens=800), layout=PACKED)
+    scheduler.offer([item(t / 1000, n) for t, n in enumerate([8, 400, 9, 380, 4, 1])], 0.01)
+    batch = run(scheduler, 0.01)
+    assert [i.tokens for i in batch.items] == [8, 400, 9, 380]
+    assert (batch.computed_tokens, batch.reason) == (797, BatchReason.BUDGET)
 
 
 def test_other_parameters_other_batch() -> None:

@@ -48,8 +48,8 @@ class TooLowCost(CostModel):
 
     wrong = True
 
-    def seconds(self, padded_tokens: float) -> float:
-        return 1e-6 if self.wrong else super().seconds(padded_tokens)
+    def seconds(self, computed_tokens: float) -> float:
+        return 1e-6 if self.wrong else super().seconds(computed_tokens)
 
     def relearn(self) -> None:
         super().relearn()

@@ -20,11 +20,12 @@ from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk, Failed
 from serving_kit.failures.breaker import Gate
 from serving_kit.failures.classify import Failure
-from serving_kit.items import Item, ItemState, longest, padded
-from serving_kit.model import FailureKind, More
+from serving_kit.items import Item, ItemState, computed, longest
+from serving_kit.model import FailureKind, Limits, More
 from serving_kit.records import (
     BatchReason,
     BatchRecord,
+    Drop,
     FailureRecord,
     Outcome,
     Record,
@@ -59,6 +60,7 @@ class WatchedModel(Protocol):
     fits: int
     least_fits: int
     held: set[int]
+    limits: Limits
 
 
 class _Phase(Enum):
@@ -90,6 +92,7 @@ class Watch:
         self.observed: Counter[BatchReason] = Counter()  # by the records of steps
         self.items = 0  # of completed steps
         self.faults: Counter[FailureKind] = Counter()
+        self.dropped: Counter[Drop] = Counter()  # items that had been admitted
         self.starts: list[tuple[float, Sequence[Item]]] = []
         self._phases: dict[Item, _Phase] = {}
         self._open: dict[Item, None] = {}  # in order of arrival at the queue
@@ -158,6 +161,9 @@ class Watch:
         self.check(_counts(told.batches) == self.steps, "statistics of batches")
         self.check(_counts(told.faults) == self.faults, "statistics of failures")
         self.check(told.items == self.items, "statistics of items")
+        self.check(
+            _counts(told.dropped_items) == self.dropped, f"dropped {told.dropped_items}: {self.dropped}"
+        )
         self._check_order()
 
     def _check_order(self) -> None:
@@ -181,9 +187,11 @@ class Watch:
                 self._offered(items)
             return error
 
-        def watched_cancel(items: Sequence[Item]) -> None:
-            self._leave([item for item in items if self._phases[item] is _Phase.OPEN])
-            cancel(items)
+        def watched_cancel(items: Sequence[Item], expired_at: float | None = None) -> None:
+            left = [item for item in items if self._phases[item] is _Phase.OPEN]
+            self._leave(left)
+            self.dropped[Drop.EXPIRED] += len(left) * (expired_at is not None)
+            cancel(items, expired_at)
 
         def watched_evict() -> None:
             items = list(self._open)
@@ -262,6 +270,9 @@ class Watch:
             self._phases[item] = _Phase.ENDED
             self._open.pop(item, None)
             if isinstance(event, Failed):
+                if event.error.dropped:
+                    late = event.error.outcome is Outcome.EXPIRED
+                    self.dropped[Drop.EXPIRED if late else Drop.HOPELESS] += 1
                 self._check_failed(item, event.error)
         for item in self._open:
             if item.state is ItemState.DONE:
@@ -313,7 +324,7 @@ class Watch:
         if self._too_much is not None:
             together, length, tokens = self._too_much
             if not self.retry or self._passed.issuperset(together):
-                self._learned[length.bit_length()] = tokens, now
+                self._learned[self._length_class(length)] = tokens, now
             self._too_much = None
         if len(items) == 1:
             return
@@ -322,15 +333,22 @@ class Watch:
         budget = settings.max_batch_tokens
         if budget == "auto":
             budget = scheduler.cost.budget(step_limit_s(settings))
-        tokens, length = padded(items), longest(items)
+        tokens, length = self._computed(items), longest(items)
         self.check(tokens <= budget, f"a step {kind}has more than max_batch_tokens")
         limit = scheduler.memory_limit.limit(length, now)
         self.check(tokens <= limit, f"a step {kind}has more than the memory limit")
         if self.retry:  # else what did not fit may have been one item
             self.check(limit >= self.model.least_fits / 4, f"the memory limit is {limit:g}, far too low")
         for own, (too_much, at) in self._learned.items():
-            if own <= length.bit_length() and now < at + _MEMORY_S:
+            if own <= self._length_class(length) and now < at + _MEMORY_S:
                 self.check(tokens < too_much, f"a step {kind}is as large as what did not fit")
+
+    def _computed(self, items: Sequence[Item]) -> int:
+        return computed(items, packed=self.model.limits.layout.packed)
+
+    def _length_class(self, length: int) -> int:
+        """A model that packs has no rows of one length."""
+        return 0 if self.model.limits.layout.packed else length.bit_length()
 
     def _check_joins(self, items: Sequence[Item]) -> None:
         """Those that join are the oldest; where hopeless items are dropped, of those that it could take."""
@@ -354,7 +372,7 @@ class Watch:
         settings = self.settings
         if settings.drop_hopeless or now + _EPSILON >= items[0].arrived + settings.max_wait_s:
             return
-        high_s = self.engine.scheduler.cost.high(padded(items))
+        high_s = self.engine.scheduler.cost.high(self._computed(items))
         for item in items:
             reserve_s = max(high_s, (item.deadline - item.arrived) / 2)
             if item.deadline - reserve_s <= now + _EPSILON:
@@ -382,7 +400,7 @@ class Watch:
         self._raised, fits = step, self.model.fits
         each_fits = all(item.tokens <= fits and item.input.value.bad != "memory" for item in items)
         if cause is Cause.MEMORY and len(items) > 1 and each_fits:
-            self._too_much, self._passed = (items, longest(items), padded(items)), set()
+            self._too_much, self._passed = (items, longest(items), self._computed(items)), set()
 
     def _canary_failed(self, now: float) -> None:
         if self._batch is not None:

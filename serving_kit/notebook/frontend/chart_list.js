@@ -3,7 +3,8 @@
 //   limit, knobs    the setting drawn as its limit; the settings whose changes are written into it
 //   minPeak, peak   the least that its scale reaches to; the largest value of one second
 //   keys            per number beside the title: color (a class of panel.css), label, text of one second,
-//                   and whether that second has too few samples for it
+//                   and whether that second has too few samples for it; where it is not for every model,
+//                   also whether it is of use where the items of a step are laid out so
 //   draw            draws it on a Plot
 
 import { formatCount, formatNumber, sum } from "./format.js";
@@ -38,6 +39,11 @@ const hasBatches = (point) => sum(Object.values(point.reasons)) > 0;
 const meanText = (point) => formatNumber(hasBatches(point) ? point.mean : null);
 const paddingText = (point) => point.padding == null ? "–" : `${Math.round(point.padding * 100)} %`;
 
+const paddingKey = {
+  ...key("soft", "padding", paddingText),
+  isOfUse: (layout) => !layout.packed,
+};
+
 const BATCHES = {
   name: "Batches, items",
   limit: "max_batch_size",
@@ -45,7 +51,7 @@ const BATCHES = {
   minPeak: 4,
   tall: true,
   peak: (point) => Math.max(0, ...Object.keys(point.sizes).map(Number)),
-  keys: [key("work", "mean", meanText), key("soft", "padding", paddingText), limitKey("max_batch_size")],
+  keys: [key("work", "mean", meanText), paddingKey, limitKey("max_batch_size")],
   draw(plot) {
     for (const point of plot.points) {
       drawSizes(plot, point);

@@ -15,20 +15,22 @@ class ChartFigure {
     this.chart = chart;
     this.canvas = el("canvas", { role: "img", class: chart.tall ? "tall" : "" });
     this.values = chart.keys.map(() => el("b"));
-    const keys = chart.keys.map(({ color, label }, index) =>
+    this.keys = chart.keys.map(({ color, label }, index) =>
       el("span", {}, el("span", { class: `key ${color}` }, label), this.values[index])
     );
-    const title = el("div", {}, el("b", {}, chart.name), el("span", {}, ...keys));
+    const title = el("div", {}, el("b", {}, chart.name), el("span", {}, ...this.keys));
     this.node = el("div", { class: "chart" }, title, this.canvas, ...(chart.tall ? [reasonKeys()] : []));
   }
 
   draw(view, point) {
     drawChart(this.chart, this.canvas, view);
-    const texts = this.chart.keys.map((key, index) => {
+    const texts = this.chart.keys.flatMap((key, index) => {
+      this.keys[index].hidden = !(key.isOfUse?.(view.layout) ?? true);
+      if (this.keys[index].hidden) return [];
       const text = key.text(point, view.settings);
       setText(this.values[index], text);
       this.values[index].className = key.hasFew(point) ? "few" : "";
-      return `${key.label} ${text}`;
+      return [`${key.label} ${text}`];
     });
     this.canvas.setAttribute("aria-label", `${this.chart.name}: ${texts.join(", ")}`);
   }
@@ -92,6 +94,7 @@ export class Charts {
       changes,
       points: snapshot.series.filter(({ second }) => second >= first && second < end + 1),
       settings: snapshot.settings,
+      layout: snapshot.layout,
       ink: this.#ink,
       cursor: this.#cursor,
     };

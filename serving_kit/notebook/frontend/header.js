@@ -6,6 +6,7 @@ import { formatDuration } from "./format.js";
 export class Header {
   #title = el("h2");
   #about = el("span", { class: "soft" });
+  #packed = el("span", { class: "soft" }, "packed");
   #state = el("span", { class: "state", role: "status" });
   #curl = el("code", { tabindex: 0 });
   #copy = copyButton("Copy", () => this.#curl.textContent);
@@ -18,13 +19,15 @@ export class Header {
     this.url = url;
     const link = url ? [] : [this.#link, this.#hint];
     const line = el("div", { class: "curl" }, this.#curl, this.#copy, ...link);
-    this.node = el("header", {}, this.#title, this.#about, this.#state, line);
+    this.node = el("header", {}, this.#title, this.#about, this.#packed, this.#state, line);
   }
 
   update(snapshot, state) {
-    const { model, name, task, device, uptime_s, browser } = snapshot;
+    const { model, name, task, device, layout, uptime_s, browser } = snapshot;
     setText(this.#title, model);
     setText(this.#about, [name, task, device, `up ${formatDuration(uptime_s)}`].join(" · "));
+    this.#packed.hidden = !layout.packed;
+    this.#packed.title = layout.reason;
     setText(this.#state, `● ${state.text}`);
     this.#state.style.color = `var(--${state.color})`;
     setText(this.#curl, `curl ${exampleBody(task)} ${(this.url || snapshot.url).replace(/\/?$/, "/")}`);

@@ -52,7 +52,15 @@ export class Tiles {
       const color = name === "failed" ? "bad" : "warn";
       this.#numbers[name].style.color = snapshot.requests[name] ? `var(--${color})` : "";
     }
+    this.#explainDropped(snapshot.dropped_items);
     this.#markFewSamples(snapshot.window.samples);
+  }
+
+  // Of what was shed or expired: how much was not refused on arrival.
+  #explainDropped({ hopeless, expired }) {
+    for (const [name, items] of Object.entries({ shed: hopeless, expired })) {
+      this.#numbers[name].title = `${formatCount(items)} items were admitted and dropped later`;
+    }
   }
 
   #markFewSamples(samples) {
