@@ -78,6 +78,7 @@ class ServerStatus:
     notes: tuple[str, ...]  # what the owner should know about how this model is served
     uptime_s: float  # 0: not started
     core: CoreStatus
+    precision: str = "exact"  # that is served: exact or fast
 
 
 class Percentiles(NamedTuple):

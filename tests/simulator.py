@@ -28,6 +28,7 @@ from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk
 from serving_kit.failures import classify
 from serving_kit.model import (
+    EXACT,
     Done,
     FailureKind,
     Input,
@@ -79,6 +80,7 @@ class SimulatedModel:
     notes: tuple[str, ...] = ()
     timings: tuple[tuple[int, float], ...] = ()
     limits = Limits()
+    precision = EXACT
 
     def __init__(self, play: Play, dice: random.Random, retry: bool) -> None:
         self.play, self._dice, self._retry = play, dice, retry

@@ -52,7 +52,7 @@ def test_keys_and_units() -> None:
     stats = document()
     assert json.loads(json.dumps(stats)) == stats
     assert list(stats) == [
-        *("name", "model", "task", "device", "state", "reason", "notes", "uptime_s"),
+        *("name", "model", "task", "device", "precision", "state", "reason", "notes", "uptime_s"),
         *("queue_depth", "in_flight", "settings", "cost"),
         *("requests", "batches", "faults", "items", "wasted_items", "window"),
     ]

@@ -22,9 +22,10 @@ export class Header {
   }
 
   update(snapshot, state) {
-    const { model, name, task, device, uptime_s, browser } = snapshot;
+    const { model, name, task, device, precision, uptime_s, browser } = snapshot;
     setText(this.#title, model);
-    setText(this.#about, [name, task, device, `up ${formatDuration(uptime_s)}`].join(" · "));
+    const up = `up ${formatDuration(uptime_s)}`;
+    setText(this.#about, [name, task, device, precision, up].filter(Boolean).join(" · "));
     setText(this.#state, `● ${state.text}`);
     this.#state.style.color = `var(--${state.color})`;
     setText(this.#curl, `curl ${exampleBody(task)} ${(this.url || snapshot.url).replace(/\/?$/, "/")}`);
