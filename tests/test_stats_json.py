@@ -58,6 +58,7 @@ def test_keys_and_units() -> None:
     ]
     assert (stats["state"], stats["notes"], stats["uptime_s"]) == ("ready", ["a note"], 1.235)
     assert type(stats["state"]) is str
+    assert stats["precision"] == "exact"
     assert stats["settings"] == Settings().to_dict()
     assert stats["cost"] == {
         "known": True,

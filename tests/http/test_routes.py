@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving_kit.model import EXACT
 from serving_kit.settings import KNOBS
 from tests.support_http import GatedModel, problem, server_of
 
@@ -70,7 +71,8 @@ def test_stats_info_and_live(client: httpx.Client) -> None:
     assert len(stats["series"]) == 10
     assert sum(second["ok"] for second in stats["series"]) == 1
     assert "series" not in client.get("/stats?series=%F0%9F%98%80").json()
-    assert client.get("/info").json()["task"] == "function"
+    info = client.get("/info").json()
+    assert (info["task"], info["precision"]) == ("function", EXACT._asdict())
     assert client.get("/live").json() == {"status": "live"}
 
 
