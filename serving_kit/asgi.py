@@ -41,6 +41,7 @@ def create_app(
     require_token: bool | None = None,
     drain_s: float | None = None,
     threads: int | None = None,
+    precision: str | None = None,
     **knobs: Unpack[Knobs],
 ) -> Starlette:
     """The same engine as an ASGI app, for `uvicorn server:app` and other ASGI servers.
@@ -87,6 +88,7 @@ def create_app(
         threads: torch's threads for one operation, in the whole process. Default: the CPUs that affinity and
             cgroup quota allow, at most as many as torch itself would take. Divide them among the processes
             if there are several.
+        precision: As for `serve()`.
         **knobs: The knobs of `Settings`, such as max_batch_size=8; one that is not given is taken from
             the environment or the file.
 
@@ -113,6 +115,7 @@ def create_app(
             "require_token": require_token,
             "drain_s": drain_s,
             "threads": threads,
+            "precision": precision,
             **knobs,
         }
     )

@@ -206,6 +206,25 @@ class Model(Protocol):
         """
 
 
+class Precision(NamedTuple):
+    """The precision that was asked for and the one that is served, with what was measured.
+
+    exact: the numbers of the model as it was given, within rounding. fast: bfloat16.
+    """
+
+    asked: str = "exact"
+    used: str = "exact"
+    reason: str = ""  # why it is not the one that was asked for; empty: it is
+    speedup: float | None = None  # time of exact / time of fast, for the example texts; None: not measured
+    top1_agreement: float | None = None  # share of the first answers that are the same
+    cosine_similarity: float | None = None  # of features, in place of the above: the least of all texts
+    largest_score_difference: float | None = None
+    extra_bytes: int = 0  # of weights that are in memory beside those of the given model
+
+
+EXACT = Precision()
+
+
 class Timing(NamedTuple):
     """What one step took."""
 
@@ -237,6 +256,10 @@ class ServedModel(Model, Protocol):
     @property
     def timings(self) -> Sequence[Timing]:
         """Steps that it has run before it was served."""
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of its numbers."""
 
     def changed(self) -> str:
         """A change to the model that answers do not show, and the remedy; empty: none. Any thread; cheap."""

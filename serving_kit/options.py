@@ -73,6 +73,11 @@ OPTIONS: Mapping[str, Spec] = {
         doc="torch's threads for one operation (default: the CPUs that affinity and cgroup quota allow, at "
         "most as many as torch itself would take)",
     ),
+    "precision": Text(
+        doc="fast: bfloat16, if it is measured to be faster here (default: exact)",
+        choices=("exact", "fast"),
+        default="exact",
+    ),
     "live_timeout_s": Number(
         0.001,
         86_400,

@@ -189,6 +189,7 @@ class Service:
         _refuse_what_it_cannot(model, settings)
         self.name = name
         self.model_name, self.task, self.device = model.name, model.task_name, model.device
+        self.precision = model.precision
         self.model: ServedModel | None = model
         self.clock = clock
         self.live_timeout_s = live_timeout_s

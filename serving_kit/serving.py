@@ -53,6 +53,7 @@ def serve(
     drain_s: float = 5.0,
     lame_duck_s: float = 0.0,
     threads: int | None = None,
+    precision: str = "exact",
     stop_first: bool = False,
     **knobs: Unpack[Knobs],
 ) -> Server:
@@ -95,6 +96,9 @@ def serve(
             that a load balancer sends no new requests.
         threads: torch's threads for one operation. It holds for the whole process, which is yours: None
             leaves the number alone.
+        precision: "exact": the numbers are the pipeline's, within rounding. "fast": bfloat16, if it is
+            measured to be faster here; the printed line says what it gains and how far answers move. For
+            pipelines.
         stop_first: Stop the running server of that name before the new model is loaded: where both do not
             fit into memory. Meanwhile clients wait for the new one; if it cannot be loaded, none is left.
         **knobs: The knobs of `Settings`, such as max_batch_size=8. The environment's SERVING_KIT_ variables
@@ -122,6 +126,7 @@ def serve(
         drain_s=drain_s,
         lame_duck_s=lame_duck_s,
         threads=threads,
+        precision=precision,
         settings=Settings(**knobs),
         given=frozenset(knobs),
     )

@@ -73,6 +73,7 @@ class ServeSpec:
     drain_s: float = 5.0
     lame_duck_s: float = 0.0
     threads: int | None = None
+    precision: str = "exact"
     settings: Settings = field(default_factory=Settings)
     given: frozenset[str] = frozenset()
     public: bool = False
@@ -83,7 +84,7 @@ class ServeSpec:
         check_live_timeout(self.live_timeout_s)
         self._set("port", as_python(self.port))
         check_port(self.port)
-        for name in ("drain_s", "lame_duck_s", "threads"):
+        for name in ("drain_s", "lame_duck_s", "threads", "precision"):
             if name != "threads" or self.threads is not None:
                 self._set(name, OPTIONS[name].check(name, getattr(self, name)))
         self._set("allowed_hosts", _tuple(self.allowed_hosts))
@@ -129,6 +130,7 @@ class ServeSpec:
             pipeline_kwargs=self.pipeline_kwargs,
             shortcuts=self.shortcuts,
             threads=self.threads,
+            precision=self.precision,
             most_threads=most_threads,
         )
         return Service(

@@ -27,6 +27,7 @@ def _status(status: ServerStatus) -> JSON:
         "model": status.model,
         "task": status.task,
         "device": status.device,
+        "precision": status.precision,
         "state": status.state.value,
         "reason": status.reason,
         "notes": [*status.notes],

@@ -79,6 +79,7 @@ class ServerStatus:
     layout: Layout  # whether the model packs the items of a step, and why
     uptime_s: float  # 0: not started
     core: CoreStatus
+    precision: str = "exact"  # that is served: exact or fast
 
 
 class Percentiles(NamedTuple):

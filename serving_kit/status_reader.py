@@ -16,7 +16,7 @@ from prometheus_client.core import Metric
 
 from serving_kit.failures.breaker import Gate
 from serving_kit.metrics import Metrics, gauge
-from serving_kit.model import Layout
+from serving_kit.model import Layout, Precision
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 
 _STUCK_TIMEOUTS, _STUCK_EXPECTED, _STUCK_AT_LEAST_S = 2, 3, 5.0
@@ -30,6 +30,7 @@ class Readable(Protocol):
     model_name: str
     task: str
     device: str
+    precision: Precision
     clock: Callable[[], float]
     live_timeout_s: float | None
     started_at: float | None
@@ -82,6 +83,7 @@ class StatusReader:
             model=service.model_name,
             task=service.task,
             device=service.device,
+            precision=service.precision.used,
             state=state,
             reason=reason or self._model_changes(),
             notes=tuple(service.notes),

@@ -28,6 +28,7 @@ from serving_kit.errors import InputRejected, ServingError
 from serving_kit.events import Chunk
 from serving_kit.failures import classify
 from serving_kit.model import (
+    EXACT,
     PADDED,
     Done,
     FailureKind,
@@ -81,6 +82,7 @@ class SimulatedModel:
     name, task_name, device, media = "simulated", "function", "cpu", False
     notes: tuple[str, ...] = ()
     timings: tuple[tuple[int, float], ...] = ()
+    precision = EXACT
 
     def __init__(self, play: Play, dice: random.Random, retry: bool) -> None:
         self.play, self._dice, self._retry = play, dice, retry

@@ -35,6 +35,7 @@ def test_help_lists_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
         (["--max-batch-size", "many"], "max_batch_size must be a whole number"),
         (["--group-by-length", "maybe"], "group_by_length must be true or false"),
         (["--overload-status", "418"], "503 or 429"),
+        (["--precision", "int8"], "precision must be one of exact, fast, got 'int8'"),
     ],
 )
 def test_bad_knob_value(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

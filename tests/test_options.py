@@ -178,6 +178,7 @@ def test_order_of_sources_for_command(tmp_path: Path) -> None:
             **os.environ,
             "SERVING_KIT_MODEL": "of/environment",
             "SERVING_KIT_TASK": "of-environment",
+            "SERVING_KIT_PRECISION": "fast",
             "SERVING_KIT_TSAK": "misspelt",
         },
     )
@@ -187,6 +188,7 @@ def test_order_of_sources_for_command(tmp_path: Path) -> None:
     how = json.loads(asked)
     assert how.pop("most_threads") >= 1
     wanted = {"model": "of/line", "task": "of-environment", "device": "of-file", "threads": 2}
+    wanted["precision"] = "fast"
     assert {name: how[name] for name in wanted} == wanted
     assert "that is all" in done.stderr
     assert "SERVING_KIT_TSAK is not known and has no effect; did you mean SERVING_KIT_TASK?" in done.stderr

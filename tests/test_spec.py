@@ -63,6 +63,7 @@ def test_name_of_live_model_is_picklable() -> None:
         (ServeSpec(model=lambda xs: xs, retry=False), "serving_kit.serve(model, retry=False)"),
         (ServeSpec(allowed_hosts="a", threads=2), "serving_kit.serve(allowed_hosts=['a'], threads=2)"),
         (ServeSpec(settings=Settings(max_wait_ms=1)), "serving_kit.serve(max_wait_ms=1.0)"),
+        (ServeSpec(precision="fast"), "serving_kit.serve(precision='fast')"),
         (ServeSpec(public=True, access_log=True), "serving_kit.serve()"),
     ],
 )
@@ -83,6 +84,8 @@ def test_as_code_with_the_knobs_in_force() -> None:
         ({"drain_s": -1}, SettingError, "drain_s must be a number from 0 to 86,400 s, got -1"),
         ({"lame_duck_s": "x"}, SettingError, "lame_duck_s must be a number"),
         ({"threads": 0}, SettingError, "threads must be a whole number from 1"),
+        ({"precision": "int8"}, SettingError, "precision must be one of exact, fast, got 'int8'"),
+        ({"precision": None}, SettingError, "precision must be one of exact, fast, got None"),
         ({"live_timeout_s": 0}, SettingError, "live_timeout_s must be a number of seconds above 0"),
     ],
 )

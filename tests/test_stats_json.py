@@ -63,12 +63,13 @@ def test_keys_and_units() -> None:
     stats = document()
     assert json.loads(json.dumps(stats)) == stats
     assert list(stats) == [
-        *("name", "model", "task", "device", "state", "reason", "notes", "layout", "uptime_s"),
+        *("name", "model", "task", "device", "precision", "state", "reason", "notes", "layout", "uptime_s"),
         *("queue_depth", "in_flight", "settings", "cost"),
         *("requests", "batches", "faults", "items", "wasted_items", "dropped_items", "window"),
     ]
     assert (stats["state"], stats["notes"], stats["uptime_s"]) == ("ready", ["a note"], 1.235)
     assert type(stats["state"]) is str
+    assert stats["precision"] == "exact"
     assert stats["settings"] == Settings().to_dict()
     assert stats["cost"] == {
         "known": True,

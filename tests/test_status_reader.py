@@ -9,12 +9,15 @@ import pytest
 
 from serving_kit.failures.breaker import Gate
 from serving_kit.metrics import Metrics
-from serving_kit.model import PADDED, Layout
+from serving_kit.model import PADDED, Layout, Precision
 from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, Load, Running, State
 from serving_kit.status_reader import StatusReader
 
 pytestmark = pytest.mark.light
+
+
+FAST = Precision("fast", "fast")
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Service:
     model_name: str = "bert"
     task: str = "fill-mask"
     device: str = "cpu"
+    precision: Precision = FAST
     live_timeout_s: float | None = None
     started_at: float | None = 90.0
     leaving: bool = False
@@ -119,6 +123,7 @@ def test_status() -> None:
     status = StatusReader(Service(CORE)).status()
     assert (status.name, status.model, status.task, status.device) == ("default", "bert", "fill-mask", "cpu")
     assert (status.notes, status.uptime_s, status.core) == (("a note",), 10.0, CORE)
+    assert status.precision == "fast"
     assert StatusReader(Service(CORE, started_at=None)).status().uptime_s == 0
 
 

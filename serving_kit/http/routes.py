@@ -83,6 +83,7 @@ async def info(request: Request) -> Response:
             "model_id": service.model_name,
             "task": service.task,
             "device": service.device,
+            "precision": service.precision._asdict(),
             "max_body_bytes": service.max_body_bytes,
             "max_batch_size": service.settings.max_batch_size,
             "notes": service.notes,
@@ -229,7 +230,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         ),
         Level.OPEN,
     ),
-    Endpoint("GET", "/info", info, openapi.get("Model, task, device, version.", _OBJECT)),
+    Endpoint("GET", "/info", info, openapi.get("Model, task, device, precision, version.", _OBJECT)),
     Endpoint(
         "GET", "/stats", stats, openapi.get("Everything that the panel shows.", _OBJECT, parameters=[_SERIES])
     ),

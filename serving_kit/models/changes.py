@@ -30,12 +30,14 @@ class GivenPipeline:
         model: Its model then.
         tokenizer: Its tokenizer then.
         structure: `structure(model)` then; None: the server runs that very model, so changes reach it.
+        versions: `versions(model)` then, where the server runs a copy of the weights; None: it shares them.
     """
 
     pipe: weakref.ref[Pipe]
     model: torch.nn.Module
     tokenizer: Tokenizer | None
     structure: int | None = None
+    versions: int | None = None
 
     def changed(self) -> str:
         """The change that answers do not show, and the remedy; empty: none.
@@ -55,9 +57,16 @@ class GivenPipeline:
             same = structure(self.model) == self.structure
         except RuntimeError:  # another thread adds or removes modules at this moment
             return ""
+        if same and self.versions is not None and versions(self.model) != self.versions:
+            return f"the model's weights have changed since serve(), and a copy of them is served: {_AGAIN}"
         if same:
             return ""
         return (
             "the model's modules, hooks or tensors were replaced since serve(), which is not served: "
             + _AGAIN
         )
+
+
+def versions(model: torch.nn.Module) -> int:
+    """A number that grows when torch changes parameters of a model in place. Any thread."""
+    return sum(0 if each.is_inference() else each._version for each in model.parameters())

@@ -23,7 +23,7 @@ from typing import Any, TypeGuard
 from serving_kit.errors import MalformedRequest
 from serving_kit.failures import classify
 from serving_kit.failures.classify import WrongNumberOfOutputs
-from serving_kit.model import Done, FailureKind, Input, Limits, Part, Prepared, Timing, Work
+from serving_kit.model import EXACT, Done, FailureKind, Input, Limits, Part, Prepared, Timing, Work
 from serving_kit.models import memory
 
 _ONE_TOKEN = Work()
@@ -52,6 +52,7 @@ class CallableModel:
     limits = Limits()
     notes: Sequence[str] = ()
     timings: Sequence[Timing] = ()
+    precision = EXACT
     example: Input | None = None
 
     def __init__(self, function: Callable[..., object]) -> None:

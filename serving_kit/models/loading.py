@@ -22,6 +22,7 @@ from serving_kit.models.advice import advice
 from serving_kit.models.functions import CallableModel
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model, short_name
 from serving_kit.models.pipes import Pipe
+from serving_kit.models.precision import fast_or_exact
 from serving_kit.models.tasks import refuse_unserved
 from serving_kit.models.warm_up import warm_up
 
@@ -54,6 +55,7 @@ def load_model(
     shortcuts: bool = True,
     threads: int | None = None,
     most_threads: int | None = None,
+    precision: str = "exact",
 ) -> PipelineModel | CallableModel:
     """Load what was given to `serve(model)`, and warm it up.
 
@@ -69,6 +71,7 @@ def load_model(
         threads: torch's threads for one operation, in the whole process; None leaves them as they are.
         most_threads: Fewer of them, if they are more than this and neither `threads` nor the environment
             (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`) says how many there should be.
+        precision: exact, or fast: bfloat16 where it is measured to be faster (`precision.py`).
 
     Raises:
         StartError: with what to do about it.
@@ -80,38 +83,44 @@ def load_model(
     if model is None:
         with _without_progress_bar():  # it takes a tenth of a second
             pipe = _load_pipeline(str(DEMO_MODEL), task or "fill-mask", device, kwargs)
-        return _ready(build_pipeline_model(pipe, DEMO_NAME, shortcuts=shortcuts))
+        return _ready(pipe, DEMO_NAME, shortcuts, precision)
     if isinstance(model, (str, os.PathLike)):
         source = os.fspath(model)
         pipe = _load_pipeline(source, task, device, kwargs)
-        return _ready(build_pipeline_model(pipe, short_name(source), shortcuts=shortcuts))
+        return _ready(pipe, short_name(source), shortcuts, precision)
     if task or device is not None or kwargs:
         raise StartError(
             "task, device and pipeline_kwargs are for loading a model by its id or folder; give them to "
             "transformers.pipeline(...) where you make the pipeline"
         )
     if all(hasattr(model, step) for step in ("preprocess", "forward", "postprocess", "task")):
-        return _ready(build_pipeline_model(cast("Pipe", model), shortcuts=shortcuts))
-    return _function_model(model)
+        return _ready(cast("Pipe", model), "", shortcuts, precision, handed_over=True)
+    return _function_model(model, precision)
 
 
-def _ready(model: PipelineModel) -> PipelineModel:
-    """The model, warmed up.
+def _ready(
+    pipe: Pipe, name: str, shortcuts: bool, precision: str, *, handed_over: bool = False
+) -> PipelineModel:
+    """The model of a pipeline, warmed up, in the precision that was asked for or in exact.
 
     Raises:
         StartError: it raises for its own example.
     """
+    model = build_pipeline_model(pipe, name, shortcuts=shortcuts)
     try:
-        return warm_up(model)
+        model = warm_up(model)
     except Exception as error:
         raise StartError(f"{model.name} is loaded, but cannot answer: {advice(error)}") from error
+    if precision == "exact":
+        return model
+    return fast_or_exact(model, pipe, shortcuts=shortcuts, handed_over=handed_over)
 
 
-def _function_model(function: object) -> CallableModel:
+def _function_model(function: object, precision: str) -> CallableModel:
     """A function as a model.
 
     Raises:
-        StartError: it is no function from a list to a list.
+        StartError: it is no function from a list to a list, or is to be fast.
     """
     if not callable(function):
         raise StartError(
@@ -126,6 +135,11 @@ def _function_model(function: object) -> CallableModel:
             "model=model, tokenizer=tokenizer)"
         )
     _check_takes_list(function)
+    if precision != "exact":
+        raise StartError(
+            f"precision={precision!r} is for pipelines: {_name(function)} is a function, whose own code says "
+            "in which precision it computes"
+        )
     return CallableModel(function)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _ROUNDING = 1e-3  # of the largest score; in single precision the difference is a thousandth of that
+_ROUNDING_STEPS = 4  # of the scores' own type, where that is coarser
 
 
 class MaskHead:
@@ -61,7 +62,7 @@ class _MaskLogits:
         self._rows = rows
 
     def __getitem__(self, index: object) -> torch.Tensor:
-        return self._rows
+        return self._rows.float()  # the pipeline makes probabilities of them, in their type
 
 
 def mask_head(pipe: Pipe, collate: Collate) -> MaskHead | None:
@@ -88,10 +89,13 @@ def _only_chunk(pipe: Pipe, text: str) -> Chunk:
 
 def _same_scores(pipe: Pipe, full: torch.Tensor, outputs: Sequence[Output]) -> bool:
     """Whether the outputs have the rows at the masks of `full`, shape (items, tokens, vocabulary)."""
+    import torch
+
     mask_token_id = tokenizer_of(pipe).mask_token_id
+    rounding = max(_ROUNDING, _ROUNDING_STEPS * torch.finfo(full.dtype).eps)
     for item, output in enumerate(outputs):
         masks = (output["input_ids"][0] == mask_token_id).nonzero().squeeze(-1)
         wanted, given = full[item, masks].float(), output["logits"][0].float()
-        if wanted.shape != given.shape or (wanted - given).abs().max() > _ROUNDING * wanted.abs().max():
+        if wanted.shape != given.shape or (wanted - given).abs().max() > rounding * wanted.abs().max():
             return False
     return True

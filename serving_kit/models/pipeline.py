@@ -20,8 +20,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from serving_kit.errors import StartError
 from serving_kit.failures import classify
-from serving_kit.model import Done, FailureKind, Input, Limit, Limits, Part, Prepared, Timing, Work
+from serving_kit.model import (
+    EXACT,
+    Done,
+    FailureKind,
+    Input,
+    Limit,
+    Limits,
+    Part,
+    Precision,
+    Prepared,
+    Timing,
+    Work,
+)
 from serving_kit.models import memory
+from serving_kit.models.bfloat16 import in_float32
 from serving_kit.models.changes import GivenPipeline
 from serving_kit.models.fast_linear import use_fast_linear
 from serving_kit.models.pipes import Output, Parameters, Pipe
@@ -55,6 +68,7 @@ class PipelineModel:
         notes: What its owner should know.
         example: The input that it was warmed up with; None: it was not.
         timings: Of the steps that it was warmed up with.
+        precision: Of its numbers; `precision.py` decides.
     """
 
     name: str
@@ -67,6 +81,7 @@ class PipelineModel:
     notes: Sequence[str] = ()
     example: Input | None = None
     timings: Sequence[Timing] = ()
+    precision: Precision = EXACT
 
     @property
     def steps(self) -> TaskSteps:
@@ -121,6 +136,8 @@ class PipelineModel:
         """Turn one output into what `pipe(value)` returns. Model thread."""
         given, steps = prepared.payload, self.steps
         own = steps.own_output(self.pipe, output, given.tokens, given.parameters)
+        if self.precision.used == "fast":
+            own = in_float32(own)
         return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), given.parameters)
 
     def release(self, prepared: Prepared[Tokenised]) -> None:

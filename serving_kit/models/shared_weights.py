@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from serving_kit.errors import StartError
@@ -57,12 +58,18 @@ def own_pipeline(pipe: Pipe) -> Pipe:
     return own
 
 
-def with_shared_weights(model: torch.nn.Module) -> torch.nn.Module | None:
+def with_shared_weights(
+    model: torch.nn.Module, replaced: Mapping[int, torch.Tensor] | None = None
+) -> torch.nn.Module | None:
     """A model with modules of its own, sharing parameters and buffers with `model`; None if that cannot be.
 
     It cannot for what is no torch module, for a model whose forward was replaced by something that refers to
     its modules (quantised, split over devices), and for one with hooks, adapters or a compiled forward: those
     would be lost, or copied as they are now, and switching them later would have no effect.
+
+    Args:
+        model: The model; it is not changed.
+        replaced: Tensors in place of some of its own, by the `id` of those.
     """
     import torch
 
@@ -72,7 +79,7 @@ def with_shared_weights(model: torch.nn.Module) -> torch.nn.Module | None:
         return None
     shared = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
     try:
-        return copy.deepcopy(model, shared)
+        return copy.deepcopy(model, {**shared, **(replaced or {})})
     except Exception:  # a part that cannot be copied: without shortcuts the answers are right too
         return None
 

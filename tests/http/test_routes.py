@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving_kit.model import EXACT
 from serving_kit.settings import KNOBS
 from tests.support_http import GatedModel, problem, server_of
 
@@ -72,6 +73,7 @@ def test_stats_info_and_live(client: httpx.Client) -> None:
     assert "series" not in client.get("/stats?series=%F0%9F%98%80").json()
     info = client.get("/info").json()
     assert (info["task"], info["layout"]) == ("function", {"packed": False, "reason": ""})
+    assert info["precision"] == EXACT._asdict()
     assert client.get("/live").json() == {"status": "live"}
 
 

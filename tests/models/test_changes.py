@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from serving_kit.errors import StartError
+from serving_kit.models.changes import versions
 from tests.support import until
 from tests.support_models import assert_same, example, fresh, plain
 
@@ -230,3 +231,14 @@ def test_loaded_in_evaluation_mode(serve: Serve, tmp_path: Any) -> None:
     server = serve(tmp_path, task="fill-mask", device="cpu")
     assert server.stats()["notes"] == []
     assert_same(plain(server(TEXT)), plain(pipe(TEXT)))
+
+
+def test_versions_of_weights() -> None:
+    model = torch.nn.Linear(2, 2)
+    before = versions(model)
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert versions(model) > before
+    with torch.inference_mode():
+        narrow = torch.nn.Linear(2, 2)
+    assert versions(narrow) == 0, "torch counts no changes of such tensors"

@@ -1,5 +1,6 @@
 """The shortcut of fill-mask gives the pipeline's own answers, for every family, or is not taken."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,29 +34,25 @@ def masked(family: str) -> Any:
         "vocab_size": len(tokenizer()),
         "max_position_embeddings": 128,
     }
-    own = SMALL.get(family, {})
-    if family == "DistilBert":
+    own, words = SMALL.get(family, {}), tokenizer()
+    if family == "DistilBert":  # it takes no token types, and its own tokeniser makes none
+        words = copy.deepcopy(words)
+        words.model_input_names = ["input_ids", "attention_mask"]
         common = {key: common[key] for key in ("vocab_size", "max_position_embeddings")}
     config = getattr(transformers, f"{family}Config")(**{**common, **own})
     model = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
-    return transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer(), device="cpu")
+    return transformers.pipeline("fill-mask", model=model, tokenizer=words, device="cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_answers_for_every_family(family: str) -> None:
     pipe = masked(family)
-    if family == "DistilBert":  # it takes no token types, and its own tokeniser makes none
-        pipe.tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    try:
-        model = build_pipeline_model(pipe)
-        assert model.stepper.shortcut is not None
-        for parameters in ({}, {"top_k": 3}, {"targets": ["house", "river"]}):
-            want = [plain(pipe(text, **parameters)) for text in TEXTS]
-            assert_same(answers(model, TEXTS, parameters), want)
-            assert_same(answers(model, TEXTS[:1], parameters), want[:1])
-    finally:
-        if family == "DistilBert":
-            pipe.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    model = build_pipeline_model(pipe)
+    assert model.stepper.shortcut is not None
+    for parameters in ({}, {"top_k": 3}, {"targets": ["house", "river"]}):
+        want = [plain(pipe(text, **parameters)) for text in TEXTS]
+        assert_same(answers(model, TEXTS, parameters), want)
+        assert_same(answers(model, TEXTS[:1], parameters), want[:1])
 
 
 def test_head_computes_only_the_masks() -> None:
@@ -70,8 +67,19 @@ def test_head_computes_only_the_masks() -> None:
     assert [tuple(shape) for shape in seen] == [(1, 4, 32)]
 
 
-def test_unknown_structure_runs_in_full() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shortcut_in_bfloat16(family: str) -> None:
+    """Its rounding is coarser, which is no other structure."""
+    pipe = masked(family)
+    pipe.model.bfloat16()
+    assert build_pipeline_model(pipe).stepper.shortcut is not None
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_unknown_structure_runs_in_full(narrow: bool) -> None:
     pipe = masked("Bert")
+    if narrow:
+        pipe.model.bfloat16()
     head = type(pipe.model.cls)
 
     class Mixing(head):  # type: ignore[misc, valid-type]

@@ -128,6 +128,15 @@ def test_shared_weights() -> None:
         assert mine is not theirs
 
 
+def test_tensors_in_place_of_shared_ones() -> None:
+    model = torch.nn.Linear(4, 4)
+    instead = torch.nn.Parameter(torch.zeros(4, 4))
+    other = with_shared_weights(model, {id(model.weight): instead})
+    assert other.weight is instead
+    assert other.bias is model.bias
+    assert model.weight is not instead
+
+
 @pytest.mark.parametrize(
     "obstacle", ["quantised", "replaced forward", "cannot be copied", "hook", "compiled", "adapter"]
 )

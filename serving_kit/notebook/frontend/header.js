@@ -23,9 +23,10 @@ export class Header {
   }
 
   update(snapshot, state) {
-    const { model, name, task, device, layout, uptime_s, browser } = snapshot;
+    const { model, name, task, device, precision, layout, uptime_s, browser } = snapshot;
     setText(this.#title, model);
-    setText(this.#about, [name, task, device, `up ${formatDuration(uptime_s)}`].join(" · "));
+    const up = `up ${formatDuration(uptime_s)}`;
+    setText(this.#about, [name, task, device, precision, up].filter(Boolean).join(" · "));
     this.#packed.hidden = !layout.packed;
     this.#packed.title = layout.reason;
     setText(this.#state, `● ${state.text}`);
