@@ -56,6 +56,7 @@ def _statistics(statistics: Statistics) -> JSON:
         "faults": {fault.value: count for fault, count in statistics.faults.items()},
         "items": statistics.items,
         "wasted_items": statistics.wasted_items,
+        "shared_items": statistics.shared_items,
         "window": _window(statistics.window),
     }
     if statistics.series:

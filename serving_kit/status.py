@@ -142,6 +142,7 @@ class Statistics:
     faults: Mapping[FailureKind, int]
     items: int  # that were run
     wasted_items: int  # of these: the client had left, or the deadline had passed, when the batch ended
+    shared_items: int  # inputs that were not run: they joined the computation of an equal one
     window: Window
     series: tuple[Second, ...] = ()  # oldest first; empty: not asked for
     changes: tuple[SettingsChange, ...] = ()  # oldest first; only with `series`
