@@ -3,8 +3,8 @@
     inputs ──▶ equal to one in flight ── join ──▶ Member ─┐
            └─▶ the first of its kind ── submit ─▶ Item ───┴─ one end ──▶ every member's own job
 
-Followers (members beyond the first) take no room in the queue. They are bounded by `max_queue_size` as well;
-an input beyond that is queued as an item of its own. A stream never shares its item.
+Followers (members beyond the first) take no room in the queue. There are at most `max_queue_size` of them: a
+request that could exceed that is queued like any other. A stream never shares its item.
 
 Loop thread only. Not here: the table (`sharing.py`), the queue (`batching.py`).
 """

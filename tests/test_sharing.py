@@ -56,7 +56,9 @@ def test_superseded_computation_keeps_its_members() -> None:
     assert table.end(new) == [newer]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["ask", "again", "leave", "end"]), st.integers(0, 99)), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from(["ask", "again", "leave", "end"]), st.integers(0, 99)), max_size=60)
+)
 def test_every_member_ends_exactly_once(steps: list[tuple[str, int]]) -> None:
     """Whatever the order of requests, departures and ends: checked against sets of members."""
     table = SharingTable[str]()

@@ -54,5 +54,5 @@ def test_pipelines_that_classify_do_not_sample(task: str) -> None:
 
 def test_models_that_make_sound_are_refused() -> None:
     model = build_pipeline_model(tiny("text-to-audio"))
-    with pytest.raises(SettingError, match="share_equal_inputs must be False for .*: .* noise"):
+    with pytest.raises(SettingError, match=r"share_equal_inputs must be False for .*: .* noise"):
         Service(model, Settings(share_equal_inputs=True, max_batch_size=1))
