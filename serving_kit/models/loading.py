@@ -20,6 +20,7 @@ from typing import Any, cast
 from serving_kit.errors import StartError
 from serving_kit.models.advice import advice
 from serving_kit.models.functions import CallableModel
+from serving_kit.models.heap import keep_freed_memory
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model, short_name
 from serving_kit.models.pipes import Pipe
 from serving_kit.models.tasks import refuse_unserved
@@ -101,6 +102,8 @@ def _ready(model: PipelineModel) -> PipelineModel:
     Raises:
         StartError: it raises for its own example.
     """
+    if model.device == "cpu":
+        keep_freed_memory()
     try:
         return warm_up(model)
     except Exception as error:
