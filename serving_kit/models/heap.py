@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return mallopt(_MMAP_THRESHOLD, _KEPT) == 1 and mallopt(_TRIM_THRESHOLD, _KEPT) == 1
+    return bool(mallopt(_MMAP_THRESHOLD, _KEPT) and mallopt(_TRIM_THRESHOLD, _KEPT))
 
 
 def _has_glibc() -> bool:
