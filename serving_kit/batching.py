@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from serving_kit.engine import Engine, Output
 from serving_kit.errors import RequestTooLarge, ServingError, Stopping
 from serving_kit.events import Chunk, Failed
-from serving_kit.items import Item
+from serving_kit.items import Item, ItemState
 from serving_kit.jobs import Job
 from serving_kit.model import Input, Model
 from serving_kit.records import Record
@@ -96,11 +96,8 @@ class Batcher:
             DeadlineExceeded: its time is shorter than any step of the model takes.
             Unavailable: the server is stopping, or the model is broken.
         """
-        loop, model = self._loop, self._handover.model
+        loop, model = self._loop, self.open_model()
         assert loop is not None, "submit() before start(). This is a bug."
-        if model is None or self._handover.released or self._engine.scheduler.draining:
-            raise Stopping
-        self._supervisor.check()
         most = self._engine.scheduler.settings.max_queue_size
         if len(inputs) > most:
             raise RequestTooLarge(f"{len(inputs)} inputs in one request; the most is {most} (max_queue_size)")
@@ -124,6 +121,34 @@ class Batcher:
         if error is not None:
             raise error
         return items
+
+    def open_model(self) -> Model:
+        """The model, if new items may be submitted now.
+
+        Raises:
+            Unavailable: the server is stopping, or its thread has died.
+        """
+        model = self._handover.model
+        if model is None or self._handover.released or self._engine.scheduler.draining:
+            raise Stopping
+        self._supervisor.check()
+        return model
+
+    def prolong(self, item: Item, deadline: float) -> bool:
+        """Let an item live until `deadline` at least. False: it has ended, or its time is up already."""
+        with self._handover.lock:
+            # Under the lock in which the engine drops items: whoever gets True is never told "expired" for
+            # the deadline before.
+            if item.state is ItemState.DONE or item.cancelled or item.deadline <= self._clock():
+                return False
+            item.deadline = max(item.deadline, deadline)
+        return True
+
+    def shorten(self, item: Item, deadline: float) -> None:
+        """Drop an item at `deadline`, if that is earlier than before: who had more time has left."""
+        with self._handover.lock:
+            item.deadline = min(item.deadline, deadline)
+            self._handover.lock.notify()
 
     def cancel(self, items: Sequence[Item], *, expired: bool = False) -> None:
         """Their clients have left: waiting ones leave the queue now, running ones end without an event.

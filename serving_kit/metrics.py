@@ -140,6 +140,7 @@ class Metrics:
         self._items = 0
         self._wasted_items = 0
         self._dropped: Counter[Drop] = Counter()
+        self._shared_items = 0
         self._latency_s = _Histogram(_SECONDS)
         self._queue_time_s = _Histogram(_SECONDS)
         self._model_time_s = _Histogram(_SECONDS)
@@ -202,6 +203,11 @@ class Metrics:
         with self._lock:
             self._faults[fault] += 1
 
+    def add_shared(self, items: int) -> None:
+        """So many inputs have joined the computation of an equal one."""
+        with self._lock:
+            self._shared_items += items
+
     def add_change(self, now: float, settings: Mapping[str, object]) -> None:
         """Settings were changed to these values."""
         with self._lock:
@@ -231,6 +237,7 @@ class Metrics:
                 items=self._items,
                 wasted_items=self._wasted_items,
                 dropped_items=_by_member(Drop, self._dropped),
+                shared_items=self._shared_items,
                 window=self._window(now),
                 series=self._series(now, min(series, HISTORY_S), load or Load(0, 0)),
                 changes=tuple(SettingsChange(now - at, settings) for at, settings in self._changes)
@@ -270,6 +277,11 @@ class Metrics:
                     "serving_kit_wasted_items",
                     "Items run for no answer: the client had left, or the deadline had passed.",
                     value=self._wasted_items,
+                ),
+                CounterMetricFamily(
+                    "serving_kit_shared_items",
+                    "Inputs that joined the computation of an equal one, and were not queued.",
+                    value=self._shared_items,
                 ),
                 gauge("serving_kit_queue_depth", "Items that wait.", ({}, load.queue_depth)),
                 gauge("serving_kit_in_flight", "Items admitted and not yet answered.", ({}, load.in_flight)),

@@ -157,6 +157,7 @@ class Limits:
 
     max_batch_size: Limit | None = None  # items in one step; None: any number
     layout: Layout = PADDED
+    sharing_obstacle: str = ""  # why equal inputs cannot share a computation; empty: see `samples`
 
 
 class Model(Protocol):
@@ -266,3 +267,6 @@ class ServedModel(Model, Protocol):
 
     def check(self, values: Sequence[object], parameters: Mapping[str, object]) -> None:
         """Raise `MalformedRequest` for what this model never takes. Loop thread; cheap."""
+
+    def samples(self, parameters: Mapping[str, object]) -> bool:
+        """Whether an equal input may get another answer with these parameters. Loop thread; cheap."""

@@ -35,7 +35,6 @@ from serving_kit.errors import (
     error_text,
 )
 from serving_kit.events import Chunk, Done, End, Failed
-from serving_kit.items import Item
 from serving_kit.model import Input, ServedModel
 from serving_kit.records import Incident, Outcome, RequestRecord
 from serving_kit.scheduling.cost import CostModel
@@ -43,6 +42,7 @@ from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.settings import Settings
 from serving_kit.status import CoreStatus, ServerStatus, State, Statistics
 from serving_kit.status_reader import StatusReader
+from serving_kit.submitting import Submitter, Waiting
 from serving_kit.telemetry import Telemetry
 from serving_kit.worker import ModelThread, WorkerFactory
 
@@ -207,6 +207,7 @@ class Service:
             cost.observe(*timing)
         engine = Engine(Scheduler(settings, cost, self.layout), canary=model.example, retry=retry)
         self.batcher = Batcher(model, engine, self.telemetry.report, clock=clock, make_worker=make_worker)
+        self._submitter = Submitter(self.batcher)
         self._tuning = threading.Lock()
 
     # -- life ------------------------------------------------------------------------------------
@@ -273,7 +274,9 @@ class Service:
     ) -> list[object]:
         """Answers to `values`, in order. Each is a queue item of its own; the first error ends all.
 
-        Cancelling the caller cancels the items: waiting ones leave the queue at once.
+        With `share_equal_inputs` an input that is equal to one in flight joins its item, also of another
+        request. Cancelling the caller cancels the items that nobody else waits for: waiting ones leave the
+        queue at once.
 
         Raises:
             MalformedRequest: parameters or values that this task does not take.
@@ -284,14 +287,20 @@ class Service:
             DeadlineExceeded: the ticket's deadline passed, also while the model runs.
             ModelFailed: the model raised.
         """
+        inputs = [Input(value, parameters) for value in values]
+        share = False
         if self.model is not None:
             self.model.check(values, parameters)
-        inputs = [Input(value, parameters) for value in values]
+            share = self.settings.share_equal_inputs and not self.model.samples(parameters)
         try:
-            items = self.batcher.submit(inputs, arrived=ticket.arrived, deadline=ticket.deadline)
+            items, shared = self._submitter.submit(
+                inputs, arrived=ticket.arrived, deadline=ticket.deadline, share=share
+            )
         except DeadlineExceeded:  # less time than any call of the model takes
             raise ticket.expired(dropped=False) from None
         ticket.items = len(items)
+        if shared:
+            self.metrics.add_shared(shared)
         loop = asyncio.get_running_loop()
         alarm = loop.call_later(
             ticket.deadline - self.clock(), _time_is_up, items
@@ -309,7 +318,7 @@ class Service:
         except BaseException:
             unanswered = [item for item in items if not _has_ended(item.payload.ended)]
             if unanswered:
-                self.batcher.cancel(unanswered, expired=any(map(_is_too_late, unanswered)))
+                self._submitter.cancel(unanswered, expired=any(map(_is_too_late, unanswered)))
             raise
         finally:
             alarm.cancel()
@@ -455,9 +464,13 @@ def _refuse_what_it_cannot(model: ServedModel, settings: Settings) -> None:
             f"max_batch_size must be {most.value} for {model.name}, got {settings.max_batch_size}: "
             f"{most.reason}"
         )
+    if settings.share_equal_inputs and model.limits.sharing_obstacle:
+        raise SettingError(
+            f"share_equal_inputs must be False for {model.name}: {model.limits.sharing_obstacle}"
+        )
 
 
-def _time_is_up(items: Sequence[Item]) -> None:
+def _time_is_up(items: Sequence[Waiting]) -> None:
     """End the request that waits for these items."""
     for item in items:
         item.payload.emit(_TOO_LATE)
@@ -468,7 +481,7 @@ def _has_ended(ended: asyncio.Future[End]) -> bool:
     return ended.done() and not ended.cancelled() and ended.result() is not _TOO_LATE
 
 
-def _is_too_late(item: Item) -> bool:
+def _is_too_late(item: Waiting) -> bool:
     """Whether the timer of its request has ended it."""
     ended: asyncio.Future[End] = item.payload.ended
     return ended.done() and not ended.cancelled() and ended.result() is _TOO_LATE

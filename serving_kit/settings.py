@@ -41,6 +41,7 @@ class Knobs(TypedDict, total=False):
     overload_status: int
     expose_errors: bool
     max_body_bytes: int | Auto
+    share_equal_inputs: bool
 
 
 def _knob(spec: Spec) -> Any:
@@ -136,6 +137,14 @@ class Settings:
             auto=True,
             owner="http",
             doc="longest request body; auto: 1 MiB for text, 32 MiB for media",
+        )
+    )
+    share_equal_inputs: bool = _knob(
+        Flag(
+            default=False,
+            owner="engine",
+            doc="equal inputs in flight share one computation; cancelling one request never cancels it for "
+            "another",
         )
     )
 

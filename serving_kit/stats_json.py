@@ -59,6 +59,7 @@ def _statistics(statistics: Statistics) -> JSON:
         "items": statistics.items,
         "wasted_items": statistics.wasted_items,
         "dropped_items": {reason.value: count for reason, count in statistics.dropped_items.items()},
+        "shared_items": statistics.shared_items,
         "window": _window(statistics.window),
     }
     if statistics.series:

@@ -145,6 +145,7 @@ class Statistics:
     items: int  # that were run
     wasted_items: int  # of these: the client had left, or the deadline had passed, when the batch ended
     dropped_items: Mapping[Drop, int]  # admitted, and ended without an answer for lack of time
+    shared_items: int  # inputs that were not run: they joined the computation of an equal one
     window: Window
     series: tuple[Second, ...] = ()  # oldest first; empty: not asked for
     changes: tuple[SettingsChange, ...] = ()  # oldest first; only with `series`

@@ -28,6 +28,7 @@ def test_defaults() -> None:
         "overload_status": 503,
         "expose_errors": False,
         "max_body_bytes": "auto",
+        "share_equal_inputs": False,
     }
 
 

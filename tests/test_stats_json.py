@@ -65,7 +65,8 @@ def test_keys_and_units() -> None:
     assert list(stats) == [
         *("name", "model", "task", "device", "precision", "state", "reason", "notes", "layout", "uptime_s"),
         *("queue_depth", "in_flight", "settings", "cost"),
-        *("requests", "batches", "faults", "items", "wasted_items", "dropped_items", "window"),
+        *("requests", "batches", "faults", "items", "wasted_items", "dropped_items", "shared_items"),
+        "window",
     ]
     assert (stats["state"], stats["notes"], stats["uptime_s"]) == ("ready", ["a note"], 1.235)
     assert type(stats["state"]) is str

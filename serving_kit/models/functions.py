@@ -12,23 +12,21 @@ Not here: when it is called (`batching.py`), what follows an exception (`failure
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import inspect
 import json
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from serving_kit.errors import MalformedRequest
 from serving_kit.failures import classify
 from serving_kit.failures.classify import WrongNumberOfOutputs
 from serving_kit.model import EXACT, Done, FailureKind, Input, Limits, Part, Prepared, Timing, Work
 from serving_kit.models import memory
+from serving_kit.plain import copied, is_json
 
 _ONE_TOKEN = Work()
-_JSON_ATOMS = (str, int, float, bool, type(None))
-_ATOMS = frozenset({*_JSON_ATOMS, complex, bytes})
+_MAY_VARY = "a function may answer an equal input with something else: it may sample, count, or read a clock"
 
 
 class CallableModel:
@@ -49,7 +47,7 @@ class CallableModel:
     task_name = "function"
     device = "python"
     media = False
-    limits = Limits()
+    limits = Limits(sharing_obstacle=_MAY_VARY)
     notes: Sequence[str] = ()
     timings: Sequence[Timing] = ()
     precision = EXACT
@@ -70,6 +68,10 @@ class CallableModel:
                 raise MalformedRequest(f"parameter {name[:60]!r} cannot be set by clients")
             raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
 
+    def samples(self, parameters: Mapping[str, object]) -> bool:
+        """Nobody knows: see `limits`. Loop thread."""
+        return True
+
     def changed(self) -> str:
         """Empty: a function is called as it is now."""
         return ""
@@ -89,9 +91,9 @@ class CallableModel:
             TypeError: it returned something other than a list, tuple or array.
             WrongNumberOfOutputs: not one output for each input.
         """
-        inputs = [_copied(part.prepared.payload.value) for part in parts]
+        inputs = [copied(part.prepared.payload.value) for part in parts]
         parameters = parts[0].prepared.payload.parameters
-        outputs = self.function(inputs, **{name: _copied(each) for name, each in parameters.items()})
+        outputs = self.function(inputs, **{name: copied(each) for name, each in parameters.items()})
         if not _is_list_like(outputs):
             if inspect.iscoroutine(outputs):
                 outputs.close()
@@ -110,7 +112,7 @@ class CallableModel:
 
     def finish(self, prepared: Prepared[Input], output: object) -> object:
         """A copy of the output that shares no memory with what the function may use again. Model thread."""
-        return _copied(output)
+        return copied(output)
 
     def release(self, prepared: Prepared[Input]) -> None:
         """Nothing is held between steps."""
@@ -134,35 +136,6 @@ def _is_list_like(outputs: object) -> TypeGuard[Collection[object]]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _copied(value: Any) -> Any:  # of the same type
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind is list or kind is tuple:  # most are long and flat: embeddings, scores
-        return kind(value if _ATOMS.issuperset(map(type, value)) else map(_copied, value))
-    if kind is dict:
-        return {name: _copied(each) for name, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map(_copied, value))
-    if isinstance(value, (list, tuple)):  # a subclass is a list in JSON
-        return list(map(_copied, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        record: Any = copy.copy(value)
-        for each in dataclasses.fields(value):
-            object.__setattr__(record, each.name, _copied(getattr(value, each.name)))  # also if it is frozen
-        return record
-    if isinstance(value, dict):  # such as an OrderedDict, or what transformers' models return
-        own = copy.copy(value)
-        for name, each in value.items():
-            own[name] = _copied(each)
-        return own
-    if hasattr(value, "tolist"):  # numpy, torch and others that become JSON by their `tolist`
-        for name in ("clone", "copy", "__copy__"):
-            if (duplicate := getattr(value, name, None)) is not None:
-                return duplicate()
-    return value
 
 
 # -- parameters -----------------------------------------------------------------------------------------
@@ -216,18 +189,8 @@ def _key(parameters: Mapping[str, object]) -> Hashable:
     if not parameters:
         return ""
     try:
-        if _is_json(dict(parameters)):
+        if is_json(dict(parameters)):
             return json.dumps(parameters, sort_keys=True)
     except (RecursionError, ValueError):  # too deep, or an integer with too many digits
         pass
     return _Identity(parameters)
-
-
-def _is_json(value: Any) -> bool:
-    """Whether its JSON differs from that of every other value: no tuples, no subclasses, string keys only."""
-    kind = type(value)
-    if kind is dict:
-        return all(type(name) is str and _is_json(each) for name, each in value.items())
-    if kind is list:
-        return all(map(_is_json, value))
-    return kind in _JSON_ATOMS

@@ -20,6 +20,7 @@ from typing import Any, cast
 from serving_kit.errors import StartError
 from serving_kit.models.advice import advice
 from serving_kit.models.functions import CallableModel
+from serving_kit.models.heap import keep_freed_memory
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model, short_name
 from serving_kit.models.pipes import Pipe
 from serving_kit.models.precision import fast_or_exact
@@ -107,6 +108,8 @@ def _ready(
         StartError: it raises for its own example.
     """
     model = build_pipeline_model(pipe, name, shortcuts=shortcuts)
+    if model.device == "cpu":
+        keep_freed_memory()
     try:
         model = warm_up(model)
     except Exception as error:

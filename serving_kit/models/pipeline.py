@@ -40,6 +40,7 @@ from serving_kit.models.fast_linear import use_fast_linear
 from serving_kit.models.pipes import Output, Parameters, Pipe
 from serving_kit.models.positions import most_positions
 from serving_kit.models.preparing import Preparer, Tokenised
+from serving_kit.models.sampling import samples, sharing_obstacle
 from serving_kit.models.shared_weights import own_pipeline, structure, with_shared_weights
 from serving_kit.models.stepping import Stepper, batch_obstacle, make_stepper
 from serving_kit.models.task_steps import TaskSteps, task_steps
@@ -113,6 +114,10 @@ class PipelineModel:
         for value in values:
             self.task.check_input(value)
 
+    def samples(self, parameters: Parameters) -> bool:
+        """See `sampling.samples`. Loop thread."""
+        return samples(self.pipe, parameters)
+
     def estimate(self, value: object) -> Work:
         """About four characters make a token. Loop thread."""
         if self.media:
@@ -181,7 +186,7 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
         Preparer(pipe, task, steps, chunked, max_tokens),
         modules.stepper,
         GivenPipeline(weakref.ref(given), given.model, given.tokenizer, modules.structure),
-        Limits(Limit(1, obstacle)) if obstacle else Limits(),
+        Limits(Limit(1, obstacle) if obstacle else None, sharing_obstacle=sharing_obstacle(pipe)),
         modules.notes,
     )
 

@@ -52,6 +52,7 @@ def test_settings_are_changed_with_the_token(client: httpx.Client) -> None:
         ({"max_batchsize": 3}, 422, "did you mean max_batch_size?"),
         ({"overload_status": 418}, 422, "503 or 429, got 418"),
         ({"group_by_length": 1}, 422, "true or false"),
+        ({"share_equal_inputs": True}, 422, "share_equal_inputs must be False for GatedModel"),
         ([1], 400, "settings must be an object"),
     ],
 )
