@@ -20,9 +20,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from serving_kit.errors import StartError
 from serving_kit.failures import classify
-from serving_kit.model import Done, FailureKind, Input, Limit, Limits, Part, Prepared, Timing, Work
+from serving_kit.model import (
+    Done,
+    FailureKind,
+    Input,
+    Layout,
+    Limit,
+    Limits,
+    Part,
+    Prepared,
+    StepResult,
+    Timing,
+    Work,
+)
 from serving_kit.models import memory
 from serving_kit.models.changes import GivenPipeline
+from serving_kit.models.decoding import Decoder
+from serving_kit.models.decoding_trial import make_decoder
 from serving_kit.models.fast_linear import use_fast_linear
 from serving_kit.models.pipes import Output, Parameters, Pipe
 from serving_kit.models.positions import most_positions
@@ -50,6 +64,7 @@ class PipelineModel:
         task: What clients may send.
         preparer: Makes `Prepared` inputs.
         stepper: Calls the model.
+        decoder: Calls it for texts that are generated token by token; None: it does not work so.
         given: The pipeline that was handed over.
         limits: One item in a step for a pipeline that cannot batch, with the reason.
         notes: What its owner should know.
@@ -67,6 +82,7 @@ class PipelineModel:
     notes: Sequence[str] = ()
     example: Input | None = None
     timings: Sequence[Timing] = ()
+    decoder: Decoder | None = None
 
     @property
     def steps(self) -> TaskSteps:
@@ -111,10 +127,13 @@ class PipelineModel:
         Raises:
             InputRejected: see `Preparer.prepare`.
         """
-        return self.preparer.prepare(value, parameters)
+        prepared = self.preparer.prepare(value, parameters)
+        return prepared if self.decoder is None else self.decoder.begin(prepared)
 
-    def step(self, parts: Sequence[Part]) -> list[Done]:
-        """Call the model once on parts of one key: all of them are done. Model thread."""
+    def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
+        """Call the model once on parts of one key. Model thread."""
+        if self.decoder is not None and parts[0].prepared.payload.sequence is not None:
+            return self.decoder.step(parts)
         return [Done(output) for output in self.stepper.outputs([part.prepared.payload for part in parts])]
 
     def finish(self, prepared: Prepared[Tokenised], output: Output) -> object:
@@ -124,7 +143,9 @@ class PipelineModel:
         return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), given.parameters)
 
     def release(self, prepared: Prepared[Tokenised]) -> None:
-        """Nothing is held between steps."""
+        """Give back the cache of a text that is generated. Model thread."""
+        if prepared.payload.sequence is not None:
+            prepared.payload.sequence.cache.clear()
 
     def classify(self, error: BaseException) -> FailureKind:
         """See `classify.kind`, which knows the errors of torch. Any thread."""
@@ -157,6 +178,10 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     stepper = make_stepper(pipe, chunked=chunked, batches=not obstacle)
     modules = _choose_modules(given.model, stepper, steps, shortcuts)
     pipe.model = modules.model
+    decoder, reason = None, ""
+    if steps.generates and shortcuts and modules.model is not given.model:
+        decoder, reason = make_decoder(pipe)
+    limits = Limits(Limit(1, obstacle) if obstacle and decoder is None else None)
     return PipelineModel(
         name or short_name(str(getattr(given.model, "name_or_path", "") or type(given.model).__name__)),
         pipe,
@@ -164,8 +189,9 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
         Preparer(pipe, task, steps, chunked, max_tokens),
         modules.stepper,
         GivenPipeline(weakref.ref(given), given.model, given.tokenizer, modules.structure),
-        Limits(Limit(1, obstacle)) if obstacle else Limits(),
+        replace(limits, layout=Layout(decoder is not None, reason)),
         modules.notes,
+        decoder=decoder,
     )
 
 
@@ -199,7 +225,7 @@ def _choose_modules(given: torch.nn.Module, stepper: Stepper, steps: TaskSteps, 
     fast = use_fast_linear(own) if shortcuts else 0
     if shortcuts and stepper.collate is not None:
         stepper = replace(stepper, shortcut=steps.shortcut(stepper.pipe, stepper.collate))
-    if not (trains or fast or stepper.shortcut):
+    if not (trains or fast or stepper.shortcut or (shortcuts and steps.generates)):
         return _Modules(given, stepper)
     notes = ["the model is in training mode; its copy is served in evaluation mode"] if trains else []
     return _Modules(own, stepper, structure(given), notes)

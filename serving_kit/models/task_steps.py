@@ -37,6 +37,7 @@ class TaskSteps:
     """A task without exceptions. Model thread, except for the attributes."""
 
     timed = True  # whether the time of a short example says what a batch costs
+    generates = False  # whether the output is made token by token
     needs_config_pad_token = False  # whether the model finds the end of each text by `config.pad_token_id`
 
     def example(self, pipe: Pipe) -> Input:
@@ -142,6 +143,7 @@ class TextGeneration(TaskSteps):
     """The output has more tokens than the input."""
 
     timed = False  # a call's cost is in the tokens that it generates
+    generates = True
 
     def example(self, pipe: Pipe) -> Input:
         """One new token."""

@@ -65,5 +65,5 @@ def test_a_vector_of_zeros_stays_zero() -> None:
 
 
 def test_other_pooling_is_refused(model: PipelineModel) -> None:
-    with pytest.raises(Exception, match="pooling must be .*mean"):
+    with pytest.raises(Exception, match=r"pooling must be .*mean"):
         model.check(TEXTS, {"pooling": "median"})
