@@ -91,6 +91,7 @@ class Part(NamedTuple):
 
     prepared: AnyPrepared
     tokens: int
+    streamed: bool = False  # whether its client takes the answer in chunks
 
 
 class Done(NamedTuple):

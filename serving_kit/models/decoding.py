@@ -59,7 +59,7 @@ class Decoder:
             logits = self.logits(sequences)
             for sequence in sequences:
                 sequence.cache.commit(len(sequence.ids) - sequence.cache.length)
-            return [_advance(payload, logits[index : index + 1]) for index, payload in enumerate(payloads)]
+            return [_advance(part, logits[index : index + 1]) for index, part in enumerate(parts)]
 
     def logits(self, sequences: Sequence[Generating]) -> torch.Tensor:
         """Behind the last token of each sequence, shape (sequences, vocabulary). Commits nothing."""
@@ -80,14 +80,16 @@ class Decoder:
         return logits if self._keeps else logits[last]
 
 
-def _advance(payload: Tokenised, logits: torch.Tensor) -> StepResult:
+def _advance(part: Part, logits: torch.Tensor) -> StepResult:
     """One sequence after the call: its text goes on, has ended, or has failed alone."""
+    payload: Tokenised = part.prepared.payload
     sequence = payload.sequence
     assert sequence is not None
     try:
         sequence.take(logits)
         if sequence.has_ended():
             return Done(generating.output(sequence, payload.chunks[0]))
+        piece = sequence.pieces.next(sequence.ids) if part.streamed else ""
     except Exception as error:
         return Failed(error)
-    return More(work=Work(context_tokens=sequence.cache.length))
+    return More(piece or None, Work(context_tokens=sequence.cache.length))

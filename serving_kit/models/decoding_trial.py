@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from serving_kit.models.decoding import Decoder
 from serving_kit.models.generating import Generating, Rules
-from serving_kit.models.pipes import Pipe
+from serving_kit.models.pipes import Pipe, tokenizer_of
+from serving_kit.models.text_pieces import TextPieces
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,9 @@ def _sequence(pipe: Pipe, length: int) -> Generating:
     """A prompt of tokens that differ."""
     words = pipe.model.config.get_text_config().vocab_size
     ids = [(7 * n * n + 5 * length + 3) % words for n in range(length)]
-    return Generating(ids, length, Rules((), (), False, None, frozenset(), True))
+    return Generating(
+        ids, length, Rules((), (), False, None, frozenset(), True), TextPieces(tokenizer_of(pipe), ids)
+    )
 
 
 def _alone(pipe: Pipe, ids: list[int]) -> torch.Tensor:

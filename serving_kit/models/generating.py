@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from serving_kit.models.pipes import Chunk, Output, Parameters, Pipe
+from serving_kit.models.pipes import Chunk, Output, Parameters, Pipe, tokenizer_of
 from serving_kit.models.sequence_cache import SequenceCache
+from serving_kit.models.text_pieces import TextPieces
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +33,13 @@ class Generating:
         rules: How the next token is chosen, and when the text ends.
         cache: Of the tokens that the model has seen.
         random: Its own random numbers; None: it takes the most likely token.
+        pieces: Decodes its text as it grows.
     """
 
     ids: list[int]
     prompt: int
     rules: Rules
+    pieces: TextPieces
     cache: SequenceCache = field(default_factory=SequenceCache)
     random: torch.Generator | None = None
 
@@ -110,12 +113,28 @@ def begin(pipe: Pipe, chunk: Chunk, parameters: Parameters) -> Generating | None
         kept.append((input_ids, logits_processor, stopping_criteria, generation_config))
         return input_ids
 
-    pipe.forward(dict(chunk), **parameters, custom_generate=keep)
+    # `generate` drops the tokenizer that stop strings need when it is given a decoding method.
+    given = {name: value for name, value in parameters.items() if name not in ("stop_strings", "tokenizer")}
+    pipe.forward(dict(chunk), **given, custom_generate=keep)
     ids, processors, criteria, config = kept[0]
+    if strings := parameters.get("stop_strings"):
+        criteria.append(_stop_strings(pipe, strings))
     if ids.shape[0] != 1 or config.get_generation_mode().value not in ("greedy_search", "sample"):
         return None
     tokens = ids[0].tolist()
-    return Generating(tokens, len(tokens), _rules(processors, criteria, config), random=_random(ids, config))
+    return Generating(
+        tokens,
+        len(tokens),
+        _rules(processors, criteria, config),
+        TextPieces(tokenizer_of(pipe), tokens),
+        random=_random(ids, config),
+    )
+
+
+def _stop_strings(pipe: Pipe, strings: object) -> Any:
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    return StopStringCriteria(pipe.tokenizer, strings)
 
 
 def _rules(processors: Any, criteria: Any, config: Any) -> Rules:
