@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from serving_kit.errors import StartError
 from serving_kit.failures import classify
 from serving_kit.model import (
+    PADDED,
     Done,
     FailureKind,
     Input,
@@ -38,6 +39,7 @@ from serving_kit.models.changes import GivenPipeline
 from serving_kit.models.decoding import Decoder
 from serving_kit.models.decoding_trial import make_decoder
 from serving_kit.models.fast_linear import use_fast_linear
+from serving_kit.models.packing_trial import Trial, choose_layout
 from serving_kit.models.pipes import Output, Parameters, Pipe
 from serving_kit.models.positions import most_positions
 from serving_kit.models.preparing import Preparer, Tokenised
@@ -49,6 +51,8 @@ from serving_kit.models.tasks import Task, contract, task_name
 if TYPE_CHECKING:
     import torch
 
+_NO_SHORTCUTS = "shortcuts=False"
+_NO_MODULES = "its modules cannot be copied, and those of the given pipeline are not changed"
 _CHARACTERS_PER_TOKEN, _SPECIAL_TOKENS = 4, 2  # of an ordinary text
 
 
@@ -178,20 +182,19 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     stepper = make_stepper(pipe, chunked=chunked, batches=not obstacle)
     modules = _choose_modules(given.model, stepper, steps, shortcuts)
     pipe.model = modules.model
-    decoder, reason = None, ""
-    if steps.generates and shortcuts and modules.model is not given.model:
-        decoder, reason = make_decoder(pipe)
-    limits = Limits(Limit(1, obstacle) if obstacle and decoder is None else None)
+    preparer = Preparer(pipe, task, steps, chunked, max_tokens)
+    own = _lay_out(pipe, preparer, modules, obstacle if shortcuts else _NO_SHORTCUTS)
+    limit = Limit(1, obstacle) if obstacle and own.decoder is None else None
     return PipelineModel(
         name or short_name(str(getattr(given.model, "name_or_path", "") or type(given.model).__name__)),
         pipe,
         task,
-        Preparer(pipe, task, steps, chunked, max_tokens),
-        modules.stepper,
+        preparer,
+        own.stepper,
         GivenPipeline(weakref.ref(given), given.model, given.tokenizer, modules.structure),
-        replace(limits, layout=Layout(decoder is not None, reason)),
+        Limits(limit, own.layout),
         modules.notes,
-        decoder=decoder,
+        decoder=own.decoder,
     )
 
 
@@ -202,6 +205,28 @@ class _Modules(NamedTuple):
     stepper: Stepper
     structure: int | None = None  # of the given model; None: the model that runs is that one
     notes: Sequence[str] = ()
+
+
+class _LaidOut(NamedTuple):
+    """How steps run, and why so."""
+
+    stepper: Stepper
+    layout: Layout
+    decoder: Decoder | None = None
+
+
+def _lay_out(pipe: Pipe, preparer: Preparer, modules: _Modules, obstacle: str) -> _LaidOut:
+    """A packed step or continuous batching where a trial shows that they are right, else a padded step."""
+    steps, stepper = preparer.steps, modules.stepper
+    if modules.structure is None:
+        return _LaidOut(stepper, PADDED._replace(reason=obstacle or _NO_MODULES))
+    if steps.generates and obstacle != _NO_SHORTCUTS:
+        decoder, reason = make_decoder(pipe)
+        return _LaidOut(stepper, Layout(decoder is not None, reason), decoder)
+    if obstacle or steps.reads is None:
+        return _LaidOut(stepper, PADDED._replace(reason=obstacle or "inputs of this task are not packed"))
+    packed, layout = choose_layout(Trial(pipe, steps.reads, preparer, stepper))
+    return _LaidOut(replace(stepper, packed=packed), layout)
 
 
 def _choose_modules(given: torch.nn.Module, stepper: Stepper, steps: TaskSteps, shortcuts: bool) -> _Modules:
@@ -225,7 +250,7 @@ def _choose_modules(given: torch.nn.Module, stepper: Stepper, steps: TaskSteps, 
     fast = use_fast_linear(own) if shortcuts else 0
     if shortcuts and stepper.collate is not None:
         stepper = replace(stepper, shortcut=steps.shortcut(stepper.pipe, stepper.collate))
-    if not (trains or fast or stepper.shortcut or (shortcuts and steps.generates)):
+    if not (trains or fast or stepper.shortcut or (shortcuts and (steps.generates or steps.reads))):
         return _Modules(given, stepper)
     notes = ["the model is in training mode; its copy is served in evaluation mode"] if trains else []
     return _Modules(own, stepper, structure(given), notes)

@@ -84,7 +84,7 @@ class Preparer:
         self.steps.check(self.pipe, chunks, fitted.postprocess)
         return Prepared(
             Tokenised(chunks, fitted, parameters, tokens),
-            Work(sequences=len(chunks), longest=tokens),
+            Work(len(chunks), tokens, packed_tokens=sum(width(chunk) for chunk in chunks)),
             (key, frozenset(chunks[0])),
         )
 
