@@ -108,13 +108,10 @@ def _exact(trial: Trial, texts: Sequence[Chunk], alone: Sequence[torch.Tensor]) 
     """
     why = ""
     for packed in _candidates(trial, texts):
-        row = _probe(packed, texts)
-        if not row.calls:
-            raise _Refused("its attention is its own, so that texts in one row would see each other")
         worst = _difference(trial, packed, texts, alone)
         if worst <= _rounding(trial.pipe):
-            window = max((each for each in row.windows if each), default=0)
-            _check_window(trial, packed, window)
+            windows = _probe(packed, texts).windows
+            _check_window(trial, packed, max((each for each in windows if each), default=0))
             return packed
         why = why or f"texts in one row have other numbers ({worst:.0e} of the largest)"
         if packed.last_layer is not None:
@@ -127,17 +124,18 @@ def _candidates(trial: Trial, texts: Sequence[Chunk]) -> Iterator[PackedForward]
     padding = tokenizer_of(trial.pipe).pad_token_id or 0
     for first in (0, padding + 1, None):
         packed = PackedForward(trial.pipe, trial.reads, first)
-        if trial.reads is Reads.ALL:
-            yield packed
-            continue
         try:
-            packed.last_layer = find_last_layer(
-                trial.pipe.model, functools.partial(_probe, packed, texts[:1])
-            )
-        except Exception:
+            attends = _probe(packed, texts[:1]).calls
+        except Exception:  # it takes no positions, or not so many
             if first is None:
                 raise
             continue
+        if not attends:
+            raise _Refused("its attention is its own, so that texts in one row would see each other")
+        if trial.reads is Reads.ALL:
+            yield packed
+            continue
+        packed.last_layer = find_last_layer(trial.pipe.model, functools.partial(_probe, packed, texts[:1]))
         if packed.last_layer is None:
             raise _Refused("its layers are not in a list, so the last one is not known")
         yield packed
