@@ -46,7 +46,7 @@ def prepare(model: Model, item: Item) -> AnyPrepared | Failure:
 
 def step(model: Model, items: Sequence[Item], clock: Callable[[], float]) -> Executed:
     """Run the model once on prepared items of one key."""
-    parts = [Part(_prepared(item), item.tokens) for item in items]
+    parts = [Part(_prepared(item), item.tokens, item.stream_deadline is not None) for item in items]
     started = clock()
     try:
         results = model.step(parts)

@@ -60,15 +60,6 @@ def computed_tokens(items: Iterable[int], *, packed: bool) -> int:
     return sum(tokens) if packed else len(tokens) * max(tokens, default=0)
 
 
-def padded_tokens(items: Iterable[int]) -> int:
-    """Tokens that a model computes which pads all items to the longest: items x longest; 0 for none.
-
-    Args:
-        items: Tokens of each item.
-    """
-    return computed_tokens(items, packed=False)
-
-
 class Prepared(NamedTuple, Generic[P]):
     """One input, ready for the model.
 
@@ -91,6 +82,7 @@ class Part(NamedTuple):
 
     prepared: AnyPrepared
     tokens: int
+    streamed: bool = False  # whether its client takes the answer in chunks
 
 
 class Done(NamedTuple):

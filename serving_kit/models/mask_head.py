@@ -52,10 +52,10 @@ class MaskHead:
         finally:
             hook.remove()
         rows = logits[0].split(masks.sum(dim=1).tolist())
-        return [{"input_ids": ids[i : i + 1], "logits": _MaskLogits(row)} for i, row in enumerate(rows)]
+        return [{"input_ids": ids[i : i + 1], "logits": MaskLogits(row)} for i, row in enumerate(rows)]
 
 
-class _MaskLogits:
+class MaskLogits:
     """Takes the place of logits of shape (1, tokens, vocabulary) of which only the masks' rows are read."""
 
     def __init__(self, rows: torch.Tensor) -> None:

@@ -22,21 +22,27 @@ from serving_kit.errors import StartError
 from serving_kit.failures import classify
 from serving_kit.model import (
     EXACT,
+    PADDED,
     Done,
     FailureKind,
     Input,
+    Layout,
     Limit,
     Limits,
     Part,
     Precision,
     Prepared,
+    StepResult,
     Timing,
     Work,
 )
 from serving_kit.models import memory
 from serving_kit.models.bfloat16 import in_float32
 from serving_kit.models.changes import GivenPipeline
+from serving_kit.models.decoding import Decoder
+from serving_kit.models.decoding_trial import make_decoder
 from serving_kit.models.fast_linear import use_fast_linear
+from serving_kit.models.packing_trial import Trial, choose_layout
 from serving_kit.models.pipes import Output, Parameters, Pipe
 from serving_kit.models.positions import most_positions
 from serving_kit.models.preparing import Preparer, Tokenised
@@ -49,6 +55,8 @@ from serving_kit.models.tasks import Task, contract, task_name
 if TYPE_CHECKING:
     import torch
 
+_NO_SHORTCUTS = "shortcuts=False"
+_NO_MODULES = "its modules cannot be copied, and those of the given pipeline are not changed"
 _CHARACTERS_PER_TOKEN, _SPECIAL_TOKENS = 4, 2  # of an ordinary text
 
 
@@ -64,6 +72,7 @@ class PipelineModel:
         task: What clients may send.
         preparer: Makes `Prepared` inputs.
         stepper: Calls the model.
+        decoder: Calls it for texts that are generated token by token; None: it does not work so.
         given: The pipeline that was handed over.
         limits: One item in a step for a pipeline that cannot batch, with the reason.
         notes: What its owner should know.
@@ -83,6 +92,7 @@ class PipelineModel:
     example: Input | None = None
     timings: Sequence[Timing] = ()
     precision: Precision = EXACT
+    decoder: Decoder | None = None
 
     @property
     def steps(self) -> TaskSteps:
@@ -131,10 +141,13 @@ class PipelineModel:
         Raises:
             InputRejected: see `Preparer.prepare`.
         """
-        return self.preparer.prepare(value, parameters)
+        prepared = self.preparer.prepare(value, parameters)
+        return prepared if self.decoder is None else self.decoder.begin(prepared)
 
-    def step(self, parts: Sequence[Part]) -> list[Done]:
-        """Call the model once on parts of one key: all of them are done. Model thread."""
+    def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
+        """Call the model once on parts of one key. Model thread."""
+        if self.decoder is not None and parts[0].prepared.payload.sequence is not None:
+            return self.decoder.step(parts)
         return [Done(output) for output in self.stepper.outputs([part.prepared.payload for part in parts])]
 
     def finish(self, prepared: Prepared[Tokenised], output: Output) -> object:
@@ -146,7 +159,9 @@ class PipelineModel:
         return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), given.parameters)
 
     def release(self, prepared: Prepared[Tokenised]) -> None:
-        """Nothing is held between steps."""
+        """Give back the cache of a text that is generated. Model thread."""
+        if prepared.payload.sequence is not None:
+            prepared.payload.sequence.cache.clear()
 
     def classify(self, error: BaseException) -> FailureKind:
         """See `classify.kind`, which knows the errors of torch. Any thread."""
@@ -179,15 +194,19 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     stepper = make_stepper(pipe, chunked=chunked, batches=not obstacle)
     modules = _choose_modules(given.model, stepper, steps, shortcuts)
     pipe.model = modules.model
+    preparer = Preparer(pipe, task, steps, chunked, max_tokens)
+    own = _lay_out(pipe, preparer, modules, obstacle if shortcuts else _NO_SHORTCUTS)
+    limit = Limit(1, obstacle) if obstacle and own.decoder is None else None
     return PipelineModel(
         name or short_name(str(getattr(given.model, "name_or_path", "") or type(given.model).__name__)),
         pipe,
         task,
-        Preparer(pipe, task, steps, chunked, max_tokens),
-        modules.stepper,
+        preparer,
+        own.stepper,
         GivenPipeline(weakref.ref(given), given.model, given.tokenizer, modules.structure),
-        Limits(Limit(1, obstacle) if obstacle else None, sharing_obstacle=sharing_obstacle(pipe)),
+        Limits(limit, own.layout, sharing_obstacle(pipe)),
         modules.notes,
+        decoder=own.decoder,
     )
 
 
@@ -198,6 +217,28 @@ class _Modules(NamedTuple):
     stepper: Stepper
     structure: int | None = None  # of the given model; None: the model that runs is that one
     notes: Sequence[str] = ()
+
+
+class _LaidOut(NamedTuple):
+    """How steps run, and why so."""
+
+    stepper: Stepper
+    layout: Layout
+    decoder: Decoder | None = None
+
+
+def _lay_out(pipe: Pipe, preparer: Preparer, modules: _Modules, obstacle: str) -> _LaidOut:
+    """A packed step or continuous batching where a trial shows that they are right, else a padded step."""
+    steps, stepper = preparer.steps, modules.stepper
+    if modules.structure is None:
+        return _LaidOut(stepper, PADDED._replace(reason=obstacle or _NO_MODULES))
+    if steps.generates and obstacle != _NO_SHORTCUTS:
+        decoder, reason = make_decoder(pipe)
+        return _LaidOut(stepper, Layout(decoder is not None, reason), decoder)
+    if obstacle or steps.reads is None:
+        return _LaidOut(stepper, PADDED._replace(reason=obstacle or "inputs of this task are not packed"))
+    packed, layout = choose_layout(Trial(pipe, steps.reads, preparer, stepper))
+    return _LaidOut(replace(stepper, packed=packed), layout)
 
 
 def _choose_modules(given: torch.nn.Module, stepper: Stepper, steps: TaskSteps, shortcuts: bool) -> _Modules:
@@ -221,7 +262,7 @@ def _choose_modules(given: torch.nn.Module, stepper: Stepper, steps: TaskSteps, 
     fast = use_fast_linear(own) if shortcuts else 0
     if shortcuts and stepper.collate is not None:
         stepper = replace(stepper, shortcut=steps.shortcut(stepper.pipe, stepper.collate))
-    if not (trains or fast or stepper.shortcut):
+    if not (trains or fast or stepper.shortcut or (shortcuts and (steps.generates or steps.reads))):
         return _Modules(given, stepper)
     notes = ["the model is in training mode; its copy is served in evaluation mode"] if trains else []
     return _Modules(own, stepper, structure(given), notes)

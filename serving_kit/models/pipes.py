@@ -30,6 +30,9 @@ class Tokenizer(Protocol):
     padding_side: str
     model_input_names: list[str]
 
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+
 
 class Pipe(Protocol):
     """A `transformers.Pipeline`. Its methods are called on one thread only, the model thread."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from serving_kit.model import Part, Precision
+from serving_kit.model import Done, Part, Precision
 from serving_kit.models.advice import advice
 from serving_kit.models.agreement import COMPARED, Agreement, compare
 from serving_kit.models.bfloat16 import (
@@ -176,6 +176,7 @@ def _answers(model: PipelineModel, batches: Sequence[Sequence[Part]]) -> list[ob
         model.finish(part.prepared, result.output)
         for batch in batches
         for part, result in zip(batch, model.step(batch), strict=True)
+        if isinstance(result, Done)
     ]
 
 

@@ -12,6 +12,7 @@ from typing import cast
 
 from serving_kit.errors import InputRejected, error_text
 from serving_kit.model import Prepared, Work
+from serving_kit.models.generating import Generating
 from serving_kit.models.pipes import Chunk, Parameters, Pipe, width
 from serving_kit.models.task_steps import NewTokens, TaskSteps
 from serving_kit.models.tasks import Task
@@ -38,6 +39,7 @@ class Tokenised:
     split: SplitParameters
     parameters: Parameters  # as the client set them
     tokens: int  # of the longest chunk
+    sequence: Generating | None = None  # a text that is generated token by token; the only part that changes
 
 
 @dataclass(eq=False)
@@ -82,7 +84,7 @@ class Preparer:
         self.steps.check(self.pipe, chunks, fitted.postprocess)
         return Prepared(
             Tokenised(chunks, fitted, parameters, tokens),
-            Work(sequences=len(chunks), longest=tokens),
+            Work(len(chunks), tokens, packed_tokens=sum(width(chunk) for chunk in chunks)),
             (key, frozenset(chunks[0])),
         )
 

@@ -5,9 +5,11 @@ Not here: preparing inputs (`preparing.py`), making answers of outputs (`pipelin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from serving_kit.models.packed import PackedForward, is_padded
 from serving_kit.models.pipes import Collate, Output, Pipe, Runner
 from serving_kit.models.preparing import Tokenised
 from serving_kit.models.task_steps import TaskSteps
@@ -26,6 +28,7 @@ class Stepper:
         chunked: Whether an input has several chunks, and its output is a list of theirs.
         collate: Pads chunks to one length; None: inputs run one by one.
         shortcut: Runs a collated batch instead of `pipe.forward`; None: nothing does.
+        packed: Runs chunks without padding; None: nothing does.
     """
 
     pipe: Pipe
@@ -33,18 +36,27 @@ class Stepper:
     chunked: bool = False
     collate: Collate | None = None
     shortcut: Runner | None = None
+    packed: PackedForward | None = None
 
     def outputs(self, inputs: Sequence[Tokenised]) -> list[Output]:
         """Run inputs of one key. Each output is what `pipe.forward` gives for that input alone."""
         parameters = inputs[0].split.forward
         chunks = [chunk for each in inputs for chunk in each.chunks]
+        if self.packed is not None and not any(is_padded(chunk) for chunk in chunks):
+            return self._of_inputs(inputs, self.packed.outputs(chunks, parameters))
         if self.shortcut is not None and self.collate is not None:
             return list(self.shortcut(self.collate(chunks)))
         if len(chunks) == 1 or self.collate is None:
-            outputs = [[self.pipe.forward(chunk, **parameters) for chunk in each.chunks] for each in inputs]
-            return outputs if self.chunked else [output for (output,) in outputs]
+            return self._of_inputs(inputs, [self.pipe.forward(chunk, **parameters) for chunk in chunks])
         batch = [self.collate(chunks)]
         return list(self.unbatch(batch, self.pipe.forward, parameters, loader_batch_size=len(chunks)))
+
+    def _of_inputs(self, inputs: Sequence[Tokenised], outputs: Sequence[Output]) -> list[Output]:
+        """The outputs of all chunks, put together for each input."""
+        if not self.chunked:
+            return list(outputs)
+        rest = iter(outputs)
+        return [list(itertools.islice(rest, len(each.chunks))) for each in inputs]
 
 
 def make_stepper(pipe: Pipe, *, chunked: bool, batches: bool) -> Stepper:

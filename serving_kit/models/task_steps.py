@@ -18,6 +18,7 @@ from typing import Any, cast
 from serving_kit.errors import InputRejected
 from serving_kit.model import Input
 from serving_kit.models.mask_head import mask_head
+from serving_kit.models.packed import Reads
 from serving_kit.models.pipes import Chunk, Collate, Output, Parameters, Pipe, Runner, tokenizer_of
 from serving_kit.models.pooling import pooled
 
@@ -37,6 +38,8 @@ class TaskSteps:
     """A task without exceptions. Model thread, except for the attributes."""
 
     timed = True  # whether the time of a short example says what a batch costs
+    reads: Reads | None = None  # of the encoder's output; None: the task is not packed
+    generates = False  # whether the output is made token by token
     needs_config_pad_token = False  # whether the model finds the end of each text by `config.pad_token_id`
 
     def example(self, pipe: Pipe) -> Input:
@@ -82,6 +85,8 @@ class TaskSteps:
 class FillMask(TaskSteps):
     """The vocabulary is projected at the masks only, and their number is bounded."""
 
+    reads = Reads.MASKS
+
     def example(self, pipe: Pipe) -> Input:
         """A text with a mask."""
         return Input(f"a short {tokenizer_of(pipe).mask_token}.")
@@ -102,6 +107,7 @@ class FillMask(TaskSteps):
 class TextClassification(TaskSteps):
     """Without `top_k` the pipeline puts its one answer into a list, but not for the items of a batch."""
 
+    reads = Reads.FIRST
     needs_config_pad_token = True
 
     def answer(self, answer: object, parameters: Parameters) -> object:
@@ -112,6 +118,7 @@ class TextClassification(TaskSteps):
 class ZeroShotClassification(TaskSteps):
     """Every label is a sequence of its own."""
 
+    reads = Reads.FIRST
     needs_config_pad_token = True
 
     def example(self, pipe: Pipe) -> Input:
@@ -119,8 +126,16 @@ class ZeroShotClassification(TaskSteps):
         return Input("a word ", {"candidate_labels": ["example"]})
 
 
+class TokenClassification(TaskSteps):
+    """Every token has an answer."""
+
+    reads = Reads.ALL
+
+
 class FeatureExtraction(TaskSteps):
     """A batch has rows of features for its padding too. They may be pooled into one vector for each text."""
+
+    reads = Reads.ALL
 
     def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
         """Features of shape (1, tokens, hidden), pooled (1, 1, hidden), in a tuple as the pipeline does."""
@@ -142,6 +157,7 @@ class TextGeneration(TaskSteps):
     """The output has more tokens than the input."""
 
     timed = False  # a call's cost is in the tokens that it generates
+    generates = True
 
     def example(self, pipe: Pipe) -> Input:
         """One new token."""
@@ -168,6 +184,7 @@ _PLAIN = TaskSteps()
 _TASK_STEPS: Mapping[str, TaskSteps] = {
     "fill-mask": FillMask(),
     "text-classification": TextClassification(),
+    "token-classification": TokenClassification(),
     "zero-shot-classification": ZeroShotClassification(),
     "feature-extraction": FeatureExtraction(),
     "text-generation": TextGeneration(),

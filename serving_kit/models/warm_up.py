@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from serving_kit.model import Part, Prepared, Timing, padded_tokens
+from serving_kit.model import Done, Part, Prepared, Timing, computed_tokens
 from serving_kit.models.pipeline import PipelineModel
 from serving_kit.models.positions import answered_positions
 from serving_kit.models.preparing import Tokenised
@@ -58,5 +58,8 @@ def _timed(model: PipelineModel, batch: Sequence[Prepared[Tokenised]]) -> Timing
     started = time.perf_counter()
     results = model.step([Part(each, each.work.tokens) for each in batch])
     for prepared, result in zip(batch, results, strict=True):
-        model.finish(prepared, result.output)
-    return Timing(padded_tokens(each.work.tokens for each in batch), time.perf_counter() - started)
+        if isinstance(result, Done):
+            model.finish(prepared, result.output)
+    packed = model.limits.layout.packed
+    tokens = computed_tokens((each.work.computed(packed=packed) for each in batch), packed=packed)
+    return Timing(tokens, time.perf_counter() - started)

@@ -29,3 +29,15 @@ def fetched() -> Iterator[tuple[str, list[str]]]:
         yield f"http://127.0.0.1:{server.server_port}/image.png", asked
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every packed step that gives the right numbers counts as the faster one."""
+    monkeypatch.setattr("serving_kit.models.packing_trial._gain", lambda *_: 2.0)
+
+
+@pytest.fixture
+def pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every packed step counts as the slower one."""
+    monkeypatch.setattr("serving_kit.models.packing_trial._gain", lambda *_: 0.5)
