@@ -57,7 +57,9 @@ def _build(kind: Kind, home: Path) -> None:
 
     source = _minilm()
     torch.manual_seed(SEED)
-    shutil.copytree(source, home, dirs_exist_ok=True)  # with what sentence-transformers reads
+    # What sentence-transformers reads says to pool: vLLM would do so before the head of a classifier too.
+    wanted = None if kind.pooled else shutil.ignore_patterns("modules.json", "*sentence*", "*_Pooling")
+    shutil.copytree(source, home, dirs_exist_ok=True, ignore=wanted)
     more = {"num_labels": 3} if kind.task == "text-classification" else {}
     model = getattr(transformers, kind.architecture).from_pretrained(source, **more).eval()
     if kind.task == "text-classification":
