@@ -5,7 +5,7 @@
 #   make lint     formatters, linters, types, layers; of the panel's JavaScript and CSS, too
 #   make soak     100,000 requests with faults of every kind: each has one outcome; up to five minutes
 #   make simulate a million simulated servers, hours; SIMULATE_ARGS='0 10000': these seeds
-#   make bench    against other servers, half an hour; BENCH_ARGS=--quick: ten minutes
+#   make bench    against other servers, hours; BENCH_ARGS=--quick: in short
 #                 BENCH_ARGS='--against COMMIT': against another commit of this project, 15 minutes
 #   make measure  sizes of functions and classes, `Any`, layout of the tests; MEASURE_ARGS='--commit COMMIT'
 PYTHON ?= python3

@@ -27,18 +27,9 @@ from pathlib import Path
 
 import models
 from compare import P99, ROUNDS, THROUGHPUT, Compared, order, report
-from processes import (
-    CLOSED_LOOP_TIMEOUT_MS,
-    KINDS,
-    NOOP,
-    OURS,
-    OUT,
-    ROOT,
-    Kind,
-    ServerProcess,
-    Workload,
-    same,
-)
+from kinds import KINDS, same
+from processes import CLOSED_LOOP_TIMEOUT_MS, OUT, ServerProcess, Workload
+from programs import NOOP, OURS, PROGRAMS, ROOT, Program
 
 _OPEN_LOOP_LOAD = 0.5  # of the throughput with 16 clients, in the first run of all
 _CHECKED_TEXTS = 6
@@ -84,23 +75,23 @@ class Comparison:
     def run(self) -> list[Scenario]:
         """Measure all rounds."""
         texts = models.demo_texts()
-        demo = Workload(texts, "fill-mask", models.DEMO_MODEL)
+        demo = Workload(texts, KINDS["fill-mask"], "fill-mask", models.DEMO_MODEL)
         for index in range(ROUNDS):
-            for kind, workload, scenarios in (
+            for program, workload, scenarios in (
                 (NOOP, Workload(texts), self.noop),
-                (KINDS["ours"], demo, self.demo),
+                (PROGRAMS["ours"], demo, self.demo),
             ):
                 for side in order(index):
                     print(f"round {index + 1} of {ROUNDS}, {side}", flush=True)
-                    self._measure(kind, workload, scenarios, side, seed=index + 1)
+                    self._measure(program, workload, scenarios, side, seed=index + 1)
         return [*self.noop, *self.demo]
 
     def _measure(
-        self, kind: Kind, workload: Workload, scenarios: Sequence[Scenario], side: str, seed: int
+        self, program: Program, workload: Workload, scenarios: Sequence[Scenario], side: str, seed: int
     ) -> None:
         """One process of one commit, and all of its scenarios."""
         tree, timeout_ms = self.trees[side], CLOSED_LOOP_TIMEOUT_MS
-        with ServerProcess(kind, workload, timeout_ms=timeout_ms, tree=tree) as server:
+        with ServerProcess(program, workload, timeout_ms=timeout_ms, tree=tree) as server:
             if workload.task and seed == 1:
                 self._check_answers(server)
             for scenario in scenarios:

@@ -17,6 +17,7 @@ import sys
 import time
 
 import models
+from kinds import KINDS
 
 _REQUESTS, _WARM_UP, _COUNT_S = 100, 10, 3.0
 _KERNEL = """
@@ -71,7 +72,7 @@ def latency_ms(model: str | None, text: str, *, busy: bool) -> tuple[float, floa
 
 
 def main() -> None:
-    home = models.folder("fill-mask")
+    home = models.folder(KINDS["fill-mask"])
     texts = [text for text, _ in json.loads((home / models.EQUAL_TEXTS_FILE).read_text())]
     for name, model, text in (
         ("demo model", None, "the cat sat on the [MASK]."),

@@ -26,6 +26,9 @@ from typing import Any, cast
 
 clock = time.perf_counter  # uvloop's own time is constant during an iteration of the loop
 LOST, UNANSWERED = "lost", "unanswered"
+REFUSALS = ("503", "429")  # on admission
+DROPPED = "dropped"  # admitted, and refused later
+_DROPPED = re.compile(rb'"dropped": *true')  # in the body of a refusal
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _MOST_SOCKETS = 6_000
 _OPENED_EARLY = 64
@@ -45,6 +48,7 @@ class Job:
     seconds: float
     warmup: float
     slo_ms: float
+    template: str = ""  # JSON in which "$text" stands for the text, with its quotes; empty: plain text
     clients: int = 0  # closed loop
     rate: float = 0.0  # open loop
     seed: int = 1
@@ -68,6 +72,7 @@ class Connection(asyncio.Protocol):
         self._idle = idle  # called whenever the connection can take the next request
         self._sample: Sample | None = None
         self._head = b""
+        self._refusal = b""  # the body of an answer other than 200
         self._missing = -1  # bytes of the body; below zero: the head is not complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -78,25 +83,32 @@ class Connection(asyncio.Protocol):
         return not self._transport.is_closing()
 
     def ask(self, request: bytes, sample: Sample) -> None:
-        self._sample, self._head, self._missing = sample, b"", -1
+        self._sample, self._head, self._refusal, self._missing = sample, b"", b"", -1
         sample.sent = clock()
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         if self._missing >= 0:
-            self._missing -= len(data)
-        else:
-            self._head += data
-            end = self._head.find(b"\r\n\r\n")
-            if end < 0:
-                return
-            length = _LENGTH.search(self._head, 0, end)
-            if length is None:
-                self._transport.abort()
-                return
-            self._missing = int(length[1]) - (len(self._head) - end - 4)
+            self._body(data)
+            return
+        self._head += data
+        end = self._head.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        length = _LENGTH.search(self._head, 0, end)
+        if length is None:
+            self._transport.abort()
+            return
+        self._missing = int(length[1])
+        self._body(self._head[end + 4 :])
+
+    def _body(self, data: bytes) -> None:
+        self._missing -= len(data)
+        status = self._head[9:12].decode()
+        if status in REFUSALS:
+            self._refusal += data
         if self._missing == 0:
-            self._end(self._head[9:12].decode())
+            self._end(DROPPED if _DROPPED.search(self._refusal) else status)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(LOST)
@@ -126,13 +138,18 @@ class Texts:
         return self._requests[self._next % len(self._requests)]
 
 
+def body(template: str, text: str) -> str:
+    """What is sent for a text."""
+    return template.replace("$text", json.dumps(text)) if template else text
+
+
 def _request(job: Job, text: str) -> bytes:
-    body = (json.dumps(text) if job.content_type == "application/json" else text).encode()
+    content = body(job.template, text).encode()
     head = (
         f"POST {job.path} HTTP/1.1\r\nHost: 127.0.0.1:{job.port}\r\n"
-        f"Content-Type: {job.content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: {job.content_type}\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    return head.encode() + body
+    return head.encode() + content
 
 
 class OpenLoop:
@@ -261,7 +278,8 @@ def summarise(samples: Sequence[Sample], job: Job, start: float) -> dict[str, An
     answered = [s for s in counted if s.status == "200"]
     good = [s for s in answered if s.done - s.planned <= slo]
     latencies = sorted(s.done - s.planned for s in answered)
-    refusals = sorted(s.done - s.planned for s in counted if s.status in ("503", "429"))
+    refusals = sorted(s.done - s.planned for s in counted if s.status in REFUSALS)
+    admitted = [s for s in counted if s.status not in REFUSALS]
     lag_ms = 1e3 * (quantile(sorted(s.sent - s.planned for s in counted if s.sent), 0.99) or 0.0)
     return {
         "offered_per_s": len(counted) / job.seconds,
@@ -271,6 +289,7 @@ def summarise(samples: Sequence[Sample], job: Job, start: float) -> dict[str, An
         "p50_ms": _ms(quantile(latencies, 0.5)),
         "p99_ms": _ms(quantile(latencies, 0.99)),
         "late_share": 1 - len(good) / len(answered) if answered else None,
+        "admitted_late_share": 1 - len(good) / len(admitted) if admitted else None,
         "reject_p50_ms": _ms(quantile(refusals, 0.5)),
         "reject_p99_ms": _ms(quantile(refusals, 0.99)),
         "long_ratio": long_ratio(counted, slo),

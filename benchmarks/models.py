@@ -1,8 +1,9 @@
 """The models and the texts: built once from the encoder in a PyPI package, then cached.
 
-    fill-mask              MiniLM (6 layers x 384) + masked-language head, its decoder tied, vocabulary 30,522
-    text-classification    MiniLM + a head with 3 labels
-    feature-extraction     MiniLM
+    fill-mask                        MiniLM (6 layers x 384) + masked-language head, its decoder tied,
+                                     vocabulary 30,522
+    text-classification              MiniLM + a head with 3 labels
+    feature-extraction, embeddings   MiniLM
 
 The heads are random: the answers mean nothing, but they cost what a trained head's would.
 """
@@ -12,27 +13,30 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kinds import KINDS, Kind
+
 DEMO_MODEL = Path(__file__).parent.parent / "serving_kit" / "demo_model"
-TASKS = ("fill-mask", "text-classification", "feature-extraction")
 CACHE = Path(__file__).parent.parent / ".out" / "bench-models"
-TEXTS_FILE, EQUAL_TEXTS_FILE = "texts.json", "texts-equal.json"
+TEXTS_FILE, EQUAL_TEXTS_FILE, ANSWERS_FILE = "texts.json", "texts-equal.json", "answers.json"
 SEED = 20_24
 TEXTS = 600
 MEDIAN_TOKENS, SIGMA, SHORTEST, LONGEST = 40, 0.8, 4, 256
 # From here on the vocabulary is sorted by frequency, so these ids are common words.
 _FIRST_WORD, _LAST_WORD = 1_996, 12_000
+_HEAD_SCALE = 30
 _CHECKED = 6  # texts whose answers are compared with the pipeline's before a server is measured
 
 
-def folder(task: str) -> Path:
-    """The model of a task, with texts and `answers.json` beside it; built if it is not there."""
-    home = CACHE / task
-    if not ((home / "answers.json").exists() and (home / EQUAL_TEXTS_FILE).exists()):
-        _build(task, home)
+def folder(kind: Kind) -> Path:
+    """The model of a kind of work, with texts and answers beside it; built if it is not there."""
+    home = CACHE / kind.name
+    if not (home / ANSWERS_FILE).exists():
+        _build(kind, home)
     return home
 
 
@@ -46,30 +50,39 @@ def demo_texts() -> Path:
     return path
 
 
-def _build(task: str, home: Path) -> None:
+def _build(kind: Kind, home: Path) -> None:
     import torch
     import transformers
     from transformers import AutoTokenizer, pipeline
 
     source = _minilm()
     torch.manual_seed(SEED)
-    classes: dict[str, Any] = {
-        "fill-mask": transformers.BertForMaskedLM,
-        "text-classification": transformers.BertForSequenceClassification,
-        "feature-extraction": transformers.BertModel,
-    }
-    more = {"num_labels": 3} if task == "text-classification" else {}
-    model = classes[task].from_pretrained(source, **more).eval()
+    # What sentence-transformers reads says to pool: vLLM would do so before the head of a classifier too.
+    wanted = None if kind.pooled else shutil.ignore_patterns("modules.json", "*sentence*", "*_Pooling")
+    shutil.copytree(source, home, dirs_exist_ok=True, ignore=wanted)
+    more = {"num_labels": 3} if kind.task == "text-classification" else {}
+    model = getattr(transformers, kind.architecture).from_pretrained(source, **more).eval()
+    if kind.task == "text-classification":
+        # Otherwise every score is near 1/3, and a wrong answer is hard to tell from a right one.
+        with torch.no_grad():
+            model.classifier.weight.mul_(_HEAD_SCALE)
     model.save_pretrained(home)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.save_pretrained(home)
-    texts = make_texts(task, tokenizer.get_vocab(), random.Random(SEED))
+    texts = make_texts(kind.task, tokenizer.get_vocab(), random.Random(SEED))
     (home / TEXTS_FILE).write_text(json.dumps(texts))
-    equal = make_texts(task, tokenizer.get_vocab(), random.Random(SEED), sigma=0.0)
+    equal = make_texts(kind.task, tokenizer.get_vocab(), random.Random(SEED), sigma=0.0)
     (home / EQUAL_TEXTS_FILE).write_text(json.dumps(equal))
-    pipe = pipeline(task, model=str(home), device="cpu")
-    answers = [[text, pipe(text)] for text, _ in texts[:_CHECKED]]
-    (home / "answers.json").write_text(json.dumps(answers))
+    pipe = pipeline(kind.task, model=str(home), device="cpu")
+    answers = [[text, _pooled(pipe, text) if kind.pooled else pipe(text)] for text, _ in texts[:_CHECKED]]
+    (home / ANSWERS_FILE).write_text(json.dumps(answers))
+
+
+def _pooled(pipe: Any, text: str) -> list[float]:
+    """The mean of the features of all tokens, with the length 1."""
+    features = pipe(text)[0]
+    mean = [math.fsum(column) / len(features) for column in zip(*features, strict=True)]
+    length = math.hypot(*mean)
+    return [each / length for each in mean]
 
 
 def make_texts(
@@ -100,5 +113,5 @@ def _minilm() -> Path:
 
 
 if __name__ == "__main__":
-    for each in TASKS:
+    for each in KINDS.values():
         print(folder(each))

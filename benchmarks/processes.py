@@ -16,46 +16,19 @@ from typing import Any, Self
 
 import load
 import models
+from kinds import Kind
+from programs import OURS, ROOT, Options, Program
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 OUT = ROOT / ".out"
-OURS, PEERS = ROOT / ".venv" / "bin" / "python", ROOT / ".venv-bench" / "bin" / "python"
 SERVER_CORE, GENERATOR_CORE = "0", "1"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 SLO_MS = 500.0
 CLOSED_LOOP_TIMEOUT_MS = 10_000.0
-_START_TIMEOUT_S, _LIFETIME_S, _IDLE_TIMEOUT_S = 60.0, 600, 2.5
+_START_TIMEOUT_S, _LIFETIME_S, _IDLE_TIMEOUT_S = 240.0, 900, 2.5
 _HELLO = '"hello [MASK]"'  # JSON, so that its echo is JSON too
 
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A server program and its protocol."""
-
-    name: str
-    script: str
-    python: Path = PEERS
-    path: str = "/"
-    content_type: str = "text/plain"
-    batches: bool = True  # whether there is a batch size to tune
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("guide", "guide.py", batches=False),
-        Kind("guide-batching", "guide_batching.py"),
-        Kind("litserve", "litserve_server.py", path="/predict", content_type="application/json"),
-        Kind("mosec", "mosec_server.py", path="/inference", content_type="application/json"),
-        Kind("batched", "batched_server.py"),
-        Kind("ours", "ours.py", python=OURS, batches=False),  # measured with its defaults
-    )
-}
-ECHO = Kind("starlette-echo", "echo.py", python=OURS)
-NOOP = Kind("ours-noop", "ours_noop.py", python=OURS)
 
 
 @dataclass(frozen=True)
@@ -63,16 +36,16 @@ class Workload:
     """A model to serve, and the texts that are sent to it."""
 
     texts: Path  # JSON: [[text, tokens], ...]
-    task: str = ""  # empty: the server needs no model
+    kind: Kind | None = None  # None: the server needs no model
+    task: str = ""  # of transformers.pipeline
     model: Path | None = None
     answers: Path | None = None  # JSON: [[text, what the pipeline answers], ...]
 
     @classmethod
-    def of_task(cls, task: str) -> Self:
-        """The MiniLM-sized model of a task; without a task only the texts."""
-        home = models.folder(task or "text-classification")
-        texts = home / models.TEXTS_FILE
-        return cls(texts, task, home, home / "answers.json") if task else cls(texts)
+    def of_kind(cls, kind: Kind) -> Self:
+        """The MiniLM-sized model of a kind of work."""
+        home = models.folder(kind)
+        return cls(home / models.TEXTS_FILE, kind, kind.task, home, home / models.ANSWERS_FILE)
 
 
 class ServerProcess:
@@ -83,16 +56,17 @@ class ServerProcess:
 
     def __init__(
         self,
-        kind: Kind,
+        program: Program,
         workload: Workload,
         *,
-        batch_size: int = 1,
+        options: Options = (),
         timeout_ms: float = SLO_MS,
         tree: Path = ROOT,
     ) -> None:
-        self.kind = kind
+        self.program = program
+        self.route = program.route(workload.kind.name if workload.kind else "")
         self.workload = workload
-        self.batch_size = batch_size
+        self.options = options
         self.timeout_ms = timeout_ms
         self.tree = tree
         self.port = 0
@@ -111,11 +85,16 @@ class ServerProcess:
         """Start it and wait until it answers. SystemExit if it does not, or if an answer is wrong."""
         self.port = _free_port()
         OUT.mkdir(exist_ok=True)
-        log_file = OUT / f"bench-{self.kind.name}.log"
+        log_file = OUT / f"bench-{self.program.name}.log"
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command(),
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(self.tree)},
+                env={
+                    **os.environ,
+                    **ENVIRONMENT,
+                    **dict(self.program.environment),
+                    "PYTHONPATH": str(self.tree),
+                },
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -124,21 +103,23 @@ class ServerProcess:
         while self.ask(_HELLO, timeout_s=_START_TIMEOUT_S) is None:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise SystemExit(f"{self.kind.name} does not start; see {log_file.relative_to(ROOT)}")
+                raise SystemExit(f"{self.program.name} does not start; see {log_file.relative_to(ROOT)}")
             time.sleep(0.1)
         if not self._checked:
             self._check_answers()
             self._checked = True
 
     def _command(self) -> list[str]:
-        script = HERE / "servers" / self.kind.script
+        script = HERE / "servers" / self.program.script
         command = [
             *("timeout", str(_LIFETIME_S), "taskset", "-c", SERVER_CORE),
-            *(str(self.kind.python), str(script), "--port", str(self.port)),
-            *("--batch-size", str(self.batch_size), "--timeout-ms", str(self.timeout_ms)),
+            *(str(self.program.python), str(script), "--port", str(self.port)),
+            *("--timeout-ms", str(self.timeout_ms), *self.options, *self.route.arguments),
         ]
         if self.workload.model is not None:
             command += ["--model", str(self.workload.model), "--task", self.workload.task]
+        if self.workload.kind is not None:
+            command += ["--kind", self.workload.kind.name]
         return command
 
     def stop(self) -> None:
@@ -156,18 +137,35 @@ class ServerProcess:
         self._process = None
 
     def ask(self, text: str, timeout_s: float = _START_TIMEOUT_S) -> Any:
-        """One answer, or None if the request was refused or timed out."""
-        body = json.dumps(text) if self.kind.content_type == "application/json" else text
+        """One answer, in the form of the pipeline's, or None if the request was refused or timed out."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
-            connection.request("POST", self.kind.path, body, {"Content-Type": self.kind.content_type})
+            body = load.body(self.route.template, text)
+            connection.request("POST", self.route.path, body, {"Content-Type": self.route.content_type})
             response = connection.getresponse()
             content = response.read()
-            return json.loads(content) if response.status == 200 else None
+            return self.route.read(json.loads(content)) if response.status == 200 else None
         except (OSError, http.client.HTTPException):
             return None
         finally:
             connection.close()
+
+    def memory_mb(self) -> float:
+        """Resident memory of all its processes, added up."""
+        assert self._process is not None
+        pids, total_kb = [self._process.pid], 0
+        for pid in pids:
+            task = Path(f"/proc/{pid}/task/{pid}")
+            pids += map(int, (task / "children").read_text().split())
+            total_kb += next(
+                (
+                    int(line.split()[1])
+                    for line in (task / "status").read_text().splitlines()
+                    if line.startswith("VmRSS")
+                ),
+                0,
+            )
+        return total_kb / 1024
 
     def load(self, seconds: float, warmup: float, **job: Any) -> Result:
         """Put it under load; `job` has more fields of `load.Job`. Restarted first if it is still busy."""
@@ -177,8 +175,9 @@ class ServerProcess:
             self.start()
         fields = {
             "port": self.port,
-            "path": self.kind.path,
-            "content_type": self.kind.content_type,
+            "path": self.route.path,
+            "content_type": self.route.content_type,
+            "template": self.route.template,
             "texts": str(self.workload.texts),
             "seconds": seconds,
             "warmup": warmup,
@@ -201,7 +200,7 @@ class ServerProcess:
         label = f"{job['clients']} clients" if "clients" in job else f"{job['rate']:.0f}/s"
         void = "  VOID: the generator lagged" if result["void"] else ""
         print(
-            f"  {self.kind.name:15} {label:>11}: {result['answers_per_s']:8.1f} answers/s, "
+            f"  {self.program.name:15} {label:>11}: {result['answers_per_s']:8.1f} answers/s, "
             f"{result['goodput_per_s']:.1f} within the SLO, "
             f"p99 {result['p99_ms']} ms, {result['statuses']}{void}",
             flush=True,
@@ -209,7 +208,8 @@ class ServerProcess:
 
     def _check_answers(self) -> None:
         """SystemExit unless it answers as the pipeline does, to several requests at once."""
-        if self.workload.answers is None:
+        kind = self.workload.kind
+        if self.workload.answers is None or kind is None:
             return
         expected = json.loads(self.workload.answers.read_text())
         texts = [text for text, _ in expected]
@@ -218,28 +218,9 @@ class ServerProcess:
         # With a short timeout a request in the batch may have expired: ask again, alone.
         answers = [self.ask(t) if a is None else a for t, a in zip(texts, together, strict=True)]
         for (text, right), given in zip(expected, answers, strict=True):
-            if not same(given, right):
+            if not kind.same(given, right):
                 self.stop()
-                raise SystemExit(f"{self.kind.name} answers {self.workload.task} wrongly for {text[:60]!r}")
-
-
-def same(given: Any, right: Any) -> bool:
-    """Equal, up to what a different batch does to the last digits."""
-    if isinstance(right, dict):
-        return (
-            isinstance(given, dict)
-            and given.keys() == right.keys()
-            and all(same(given[key], right[key]) for key in right)
-        )
-    if isinstance(right, list):
-        return (
-            isinstance(given, list)
-            and len(given) == len(right)
-            and all(same(a, b) for a, b in zip(given, right, strict=True))
-        )
-    if isinstance(right, float):
-        return isinstance(given, float) and abs(given - right) <= 1e-4 * max(1.0, abs(right))
-    return bool(given == right)
+                raise SystemExit(f"{self.program.name} answers {kind.name} wrongly for {text[:60]!r}")
 
 
 def _free_port() -> int:

@@ -3,17 +3,19 @@
     make bench                                        everything: benchmarks/results.json and README.md
     make bench BENCH_ARGS='--against COMMIT'          this tree and another commit; see against.py
     .venv/bin/python benchmarks/run.py --quick        in short, into .out/bench-quick
-    .venv/bin/python benchmarks/run.py --tasks fill-mask --servers guide mosec ours
+    .venv/bin/python benchmarks/run.py --task fill-mask --servers guide mosec ours --part closed --rounds 5
 
-For each task: the guide's server answers one client at a time, and that rate is 1x. Then, for every
-server, closed loops and open loops; the batch size of every peer is tuned before. For ours and the best
-peer the knee: the highest load of which 99 % is answered within the SLO, on the texts and on texts of one
-length. And what the core could answer without a server (`raw_limit.py`).
+Parts: closed (closed loops, and the model of ours without a server), open (open loops, and the knee: the
+highest load of which 99 % is answered within the SLO), overload (ours at multiples of its knee), one-client
+(one client, beside a loop that calls the pipeline), memory, noop (a model that does nothing).
 
-Servers that have a timeout (LitServe, mosec, ours) get 10 s in closed loops, which measure throughput
-alone, and the SLO in open loops.
+Every round measures every server, with processes of its own; the server that is first rotates. So what
+changes slowly on the machine affects both sides of a ratio alike. Before the first round every peer is tuned
+(`tuning.py`). Servers that have a timeout (LitServe, mosec, ours) get 10 s in closed loops, which measure
+throughput alone, and the SLO in open loops.
 
 Servers are pinned to core 0 and run with one torch thread; the load generator is pinned to core 1.
+Not here: what the results mean (`targets.py`, `report.py`).
 """
 
 from __future__ import annotations
@@ -21,40 +23,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import http.client
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import against
 import models
+from kinds import KINDS, Kind
+from machine import machine
 from processes import (
     CLOSED_LOOP_TIMEOUT_MS,
-    ECHO,
     ENVIRONMENT,
     HERE,
-    KINDS,
-    NOOP,
-    OURS,
     OUT,
-    PEERS,
     SERVER_CORE,
     SLO_MS,
-    Kind,
     Result,
     ServerProcess,
     Workload,
 )
+from programs import ECHO, ENVIRONMENTS, NOOP, OURS, PROGRAMS, Options, Program
+from tuning import tuned
 
-_TUNING_CLIENTS, _NOOP_CLIENTS = 16, 32
+PARTS = ("closed", "open", "overload", "one-client", "memory", "noop")
+_NOOP_CLIENTS, _MEMORY_CLIENTS = 32, 16
 _KNEE_ATTAINMENT = 0.99
 
 
@@ -64,195 +62,247 @@ class Plan:
 
     seconds: float = 4.0
     warmup: float = 1.0
-    closed_seconds: float = 3.0
-    tuning_seconds: float = 1.5
+    closed_seconds: float = 4.0
+    tuning_seconds: float = 2.0
     closed: tuple[int, ...] = (1, 4, 16, 64)
     open: tuple[float, ...] = (0.5, 1, 2, 4, 10)
-    batch_sizes: tuple[int, ...] = (1, 4, 8, 16)
-    knee_steps: int = 5
-    knee_multiples: tuple[float, ...] = (2, 5, 10)
+    knee_steps: int = 6
+    overload: tuple[float, ...] = (1, 2, 5, 10)  # times the knee
 
 
-QUICK = Plan(2.0, 0.5, 2.0, 1.5, closed=(1, 16), open=(1, 3, 10), batch_sizes=(1, 8), knee_steps=0)
+QUICK = Plan(2.0, 0.5, 2.0, 1.0, closed=(1, 16), open=(1, 4), knee_steps=3, overload=(1, 2))
 
 
-def measure(task: str, kinds: Sequence[Kind], plan: Plan) -> Result:
-    """Everything about one task."""
-    print(f"{task}", flush=True)
-    with ServerProcess(KINDS["guide"], Workload.of_task(task)) as guide:
-        unit = guide.load(plan.seconds, plan.warmup, clients=1)["answers_per_s"]
-    print(f"  1x is {unit:.1f}/s", flush=True)
-    tuned = {kind.name: tune(kind, task, plan) for kind in kinds if kind.batches}
-    result: Result = {
-        "unit_per_s": unit,
-        "batch_sizes": {name: each["best"] for name, each in tuned.items()},
-        "tuning": {name: each["answers_per_s"] for name, each in tuned.items()},
-        "closed": {},
-        "open": {},
-        "useful_tokens": None,
-        "raw_per_s": raw_limit(task) if any(kind.name == "ours" for kind in kinds) else None,
-        "knee_per_s": {},
-        "equal_lengths_per_s": {},
-        "beyond_knee": {},
-    }
-    for kind in kinds:
-        measure_loops(kind, task, plan, result)
-    if plan.knee_steps:
-        for name in knees_wanted(result["open"]):
-            measure_knee(KINDS[name], task, plan, result)
-    return result
+@dataclass
+class Bench:
+    """The rounds of one kind of work, into `result`. A list in `result` has one element for each round."""
 
+    kind: Kind
+    programs: Sequence[Program]
+    parts: Sequence[str]
+    plan: Plan
+    result: Result = dataclasses.field(default_factory=lambda: {"tuned": {}, "not_measured": {}})
+    ready: list[Program] = dataclasses.field(default_factory=list)
 
-def measure_loops(kind: Kind, task: str, plan: Plan, result: Result) -> None:
-    """The closed and open loops of one server, into `result`."""
-    size = result["batch_sizes"].get(kind.name, 1)
-    workload = Workload.of_task(task)
-    with ServerProcess(kind, workload, batch_size=size, timeout_ms=CLOSED_LOOP_TIMEOUT_MS) as server:
-        result["closed"][kind.name] = {
-            clients: server.load(plan.closed_seconds, plan.warmup, clients=clients) for clients in plan.closed
+    def prepare(self) -> None:
+        """Tune the peers, leave out what does not run, and find the rate that is called 1x."""
+        print(self.kind.name, flush=True)
+        for program in self.programs:
+            if self.kind.name in program.routes:
+                self._prepare(program)
+        if "open" in self.parts:
+            with self._server(PROGRAMS["guide"]) as guide:
+                run = guide.load(self.plan.seconds, self.plan.warmup, clients=1)
+            self.result["unit_per_s"] = run["answers_per_s"]
+
+    def _prepare(self, program: Program) -> None:
+        try:
+            if not program.python.exists():
+                raise SystemExit(f"{program.name} is not installed (benchmarks/setup.sh {program.group})")
+            if len(program.options) > 1:
+                found = tuned(program, Workload.of_kind(self.kind), self.plan.tuning_seconds)
+                self.result["tuned"][program.name] = found
+            self.ready.append(program)
+        except SystemExit as error:
+            if not program.group:
+                raise  # ours has to run
+            print(f"  not measured: {error}", flush=True)
+            self.result["not_measured"][program.name] = str(error)
+
+    def round(self, index: int) -> None:
+        """Measure every part once."""
+        turn = index % max(1, len(self.ready))
+        order = [*self.ready[turn:], *self.ready[:turn]]
+        if "closed" in self.parts:
+            self._append(["raw_per_s"], raw_limit(self.kind))
+        for program in order:
+            self._closed_loops(program)
+            self._open_loops(program)
+        if "open" in self.parts:
+            for name in self._knees_wanted():
+                self._knee(PROGRAMS[name])
+        if PROGRAMS["ours"] in self.ready:
+            self._ours_alone()
+
+    def _ours_alone(self) -> None:
+        if {"one-client", "memory"} & set(self.parts):
+            self._pipe()
+        if "memory" in self.parts:
+            self._memory()
+        if "overload" in self.parts:
+            self._overload()
+
+    def _closed_loops(self, program: Program) -> None:
+        clients = self.plan.closed if "closed" in self.parts else ()
+        if "one-client" in self.parts and not program.group and 1 not in clients:
+            clients = (1, *clients)
+        if not clients:
+            return
+        with self._server(program, timeout_ms=CLOSED_LOOP_TIMEOUT_MS) as server:
+            for number in clients:
+                run = server.load(self.plan.closed_seconds, self.plan.warmup, clients=number)
+                self._append(["closed", program.name, str(number)], run)
+
+    def _open_loops(self, program: Program) -> None:
+        if "open" not in self.parts:
+            return
+        with self._server(program) as server:
+            for multiple in self.plan.open:
+                rate = multiple * self.result["unit_per_s"]
+                run = server.load(self.plan.seconds, self.plan.warmup, rate=rate)
+                self._append(["open", program.name, f"{multiple:g}"], run)
+
+    def _knee(self, program: Program) -> None:
+        with self._server(program) as server:
+            peak = max(runs[-1]["goodput_per_s"] for runs in self.result["open"][program.name].values())
+            self._append(["knee_per_s", program.name], find_knee(server, self.plan, peak))
+
+    def _knees_wanted(self) -> list[str]:
+        """Ours and the peer with the highest goodput in this round."""
+        loads = self.result["open"]
+        peaks = {
+            name: max(runs[-1]["goodput_per_s"] for runs in each.values()) for name, each in loads.items()
         }
-        if kind.name == "ours":
-            result["useful_tokens"] = useful_tokens(server)
-    with ServerProcess(kind, workload, batch_size=size) as server:
-        result["open"][kind.name] = {
-            multiple: server.load(plan.seconds, plan.warmup, rate=multiple * result["unit_per_s"])
-            for multiple in plan.open
-        }
+        peers = sorted((name for name in peaks if name != "ours"), key=lambda name: peaks[name])
+        return [*(["ours"] if "ours" in peaks else []), *peers[-1:]]
+
+    def _overload(self) -> None:
+        with self._server(PROGRAMS["ours"]) as server:
+            knees = self.result.get("knee_per_s", {}).get("ours") if "open" in self.parts else None
+            knee = knees[-1] if knees else self._own_knee(server)
+            for multiple in self.plan.overload:
+                run = server.load(self.plan.seconds, self.plan.warmup, rate=multiple * max(knee, 1.0))
+                self._append(["overload", f"{multiple:g}"], run)
+
+    def _own_knee(self, server: ServerProcess) -> float:
+        """The knee, where no open loop has shown the peak before."""
+        run = server.load(self.plan.seconds, self.plan.warmup, clients=_MEMORY_CLIENTS)
+        knee = find_knee(server, self.plan, run["answers_per_s"])
+        self._append(["knee_per_s", "ours"], knee)
+        return knee
+
+    def _pipe(self) -> None:
+        """The pipeline in a loop, without a server."""
+        workload = Workload.of_kind(self.kind)
+        done = run_on_server_core(
+            [
+                *("servers/bare_pipe.py", str(self.plan.closed_seconds), "--port", "0"),
+                *("--model", str(workload.model), "--task", self.kind.task, "--kind", self.kind.name),
+            ]
+        )
+        measured = json.loads(done)
+        print(f"  pipe(text): {measured}", flush=True)
+        if "memory" in self.parts:
+            self._append(["memory_mb", "pipe"], measured["memory_mb"])
+        for figure in ("answers_per_s", "p50_ms", "p99_ms"):
+            self._append(["pipe", figure], measured[figure])
+
+    def _memory(self) -> None:
+        """Of ours, after a load."""
+        with self._server(PROGRAMS["ours"], timeout_ms=CLOSED_LOOP_TIMEOUT_MS) as server:
+            server.load(self.plan.closed_seconds, self.plan.warmup, clients=_MEMORY_CLIENTS)
+            self._append(["memory_mb", "ours"], server.memory_mb())
+
+    def _server(self, program: Program, timeout_ms: float = SLO_MS) -> ServerProcess:
+        options: Options = tuple(self.result["tuned"].get(program.name, {}).get("best", ()))
+        return ServerProcess(program, Workload.of_kind(self.kind), options=options, timeout_ms=timeout_ms)
+
+    def _append(self, path: Sequence[str], value: object) -> None:
+        into = self.result
+        for key in path[:-1]:
+            into = into.setdefault(key, {})
+        into.setdefault(path[-1], []).append(value)
 
 
-def measure_knee(kind: Kind, task: str, plan: Plan, result: Result) -> None:
-    """The knees of one server, and for ours the loads beyond it, into `result`."""
-    name, size = kind.name, result["batch_sizes"].get(kind.name, 1)
-    with ServerProcess(kind, Workload.of_task(task), batch_size=size) as server:
-        peak = max(run["goodput_per_s"] for run in result["open"][name].values())
-        knee = result["knee_per_s"][name] = find_knee(server, plan, peak)
-        if name == "ours" and knee:
-            result["beyond_knee"] = {
-                multiple: server.load(plan.seconds, plan.warmup, rate=multiple * knee)
-                for multiple in (1.0, *plan.knee_multiples)
-            }
-        equal = str(models.folder(task) / models.EQUAL_TEXTS_FILE)
-        run = server.load(plan.closed_seconds, plan.warmup, clients=_TUNING_CLIENTS, texts=equal)
-        print(f"  {name}: texts of one length", flush=True)
-        result["equal_lengths_per_s"][name] = find_knee(server, plan, run["answers_per_s"], texts=equal)
-
-
-def raw_limit(task: str) -> float:
+def raw_limit(kind: Kind) -> float:
     """Texts per second of the model alone, on the servers' core."""
+    rate = float(run_on_server_core(["raw_limit.py", kind.name]))
+    print(f"  no server: {rate:.1f}/s", flush=True)
+    return rate
+
+
+def run_on_server_core(arguments: Sequence[str]) -> str:
+    """What a program of this folder prints, in our environment, on the servers' core."""
+    script, *rest = arguments
     done = subprocess.run(
-        ["taskset", "-c", SERVER_CORE, str(OURS), str(HERE / "raw_limit.py"), task],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
+        ["taskset", "-c", SERVER_CORE, str(OURS), str(HERE / script), *rest],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(HERE.parent)},
+        stdout=subprocess.PIPE,
         check=True,
-        timeout=120,
+        text=True,
+        timeout=300,
     )
-    print(f"  no server, ideal batches: {float(done.stdout):.1f}/s", flush=True)
-    return float(done.stdout)
+    return done.stdout.splitlines()[-1]
 
 
-def tune(kind: Kind, task: str, plan: Plan) -> Result:
-    """The batch size with the highest throughput in a closed loop that could fill any of them."""
-    rates = {}
-    for size in plan.batch_sizes:
-        timeout_ms = CLOSED_LOOP_TIMEOUT_MS
-        with ServerProcess(kind, Workload.of_task(task), batch_size=size, timeout_ms=timeout_ms) as server:
-            run = server.load(plan.tuning_seconds, 0.5, clients=_TUNING_CLIENTS)
-            rates[size] = run["answers_per_s"]
-    best = max(rates, key=lambda size: rates[size])
-    print(f"  {kind.name}: batch size {best}", flush=True)
-    return {"best": best, "answers_per_s": rates}
-
-
-def knees_wanted(runs: Mapping[str, Mapping[float, Result]]) -> list[str]:
-    """Ours and the peer with the highest goodput at any load."""
-
-    def peak(name: str) -> float:
-        return max(float(run["goodput_per_s"]) for run in runs[name].values())
-
-    peers = sorted((name for name in runs if name != "ours"), key=peak)
-    return [*(["ours"] if "ours" in runs else []), *peers[-1:]]
-
-
-def find_knee(server: ServerProcess, plan: Plan, peak: float, **job: str) -> float:
+def find_knee(server: ServerProcess, plan: Plan, peak: float) -> float:
     """The highest offered rate of which 99 % is answered within the SLO, by bisection."""
     low, high = 0.0, 1.5 * peak
     for _ in range(plan.knee_steps):
         rate = (low + high) / 2
-        run = server.load(plan.seconds, plan.warmup, rate=rate, **job)
+        run = server.load(plan.seconds, plan.warmup, rate=rate)
         if run["attainment"] is not None and run["attainment"] >= _KNEE_ATTAINMENT:
             low = rate
         else:
             high = rate
-    print(f"  {server.kind.name}: knee at {low:.1f}/s", flush=True)
+    print(f"  {server.program.name}: knee at {low:.1f}/s", flush=True)
     return low
 
 
-def useful_tokens(server: ServerProcess) -> float | None:
-    """The share of computed tokens that belong to a text, as the server counts them."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
-    connection.request("GET", "/stats")
-    padding = json.loads(connection.getresponse().read())["window"]["padding"]
-    connection.close()
-    return None if padding is None else 1 - float(padding)
-
-
-def measure_noop(plan: Plan) -> Result:
+def measure_noop(plan: Plan, round_index: int, results: Result) -> None:
     """What the kit itself costs: a model that does nothing, beside a route that does nothing."""
     print("no-op", flush=True)
-    rates = {}
-    for kind in (ECHO, NOOP):
-        with ServerProcess(kind, Workload.of_task(""), timeout_ms=CLOSED_LOOP_TIMEOUT_MS) as server:
-            rates[kind.name] = server.load(plan.seconds, plan.warmup, clients=_NOOP_CLIENTS)
-    return rates
-
-
-def machine() -> Result:
-    """Where this was measured, and with what."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    script = (
-        "import importlib.metadata as m, json;"
-        "print(json.dumps({n: m.version(n) for n in ('litserve','mosec','batched','starlette','uvicorn',"
-        "'torch','transformers')}))"
-    )
-    peers = subprocess.run([str(PEERS), "-c", script], capture_output=True, check=True, timeout=60)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {"serving-kit": importlib.metadata.version("serving-kit"), **json.loads(peers.stdout)},
-    }
+    workload = Workload(models.demo_texts())
+    for program in (ECHO, NOOP) if round_index % 2 == 0 else (NOOP, ECHO):
+        with ServerProcess(program, workload, timeout_ms=CLOSED_LOOP_TIMEOUT_MS) as server:
+            run = server.load(plan.seconds, plan.warmup, clients=_NOOP_CLIENTS)
+        results["noop"].setdefault(program.name, []).append(run)
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    """Every server on every task, then the report."""
+    """Every server on every kind of work, then the report."""
     plan = QUICK if options.quick else Plan()
     out = options.out or (OUT / "bench-quick" if options.quick else HERE)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    programs = [PROGRAMS[name] for name in options.servers]
     results: Result = {
         "command": "make bench" if sys.argv[1:] == [] else " ".join(["benchmarks/run.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "slo_ms": SLO_MS,
+        "rounds": options.rounds,
         "plan": dataclasses.asdict(plan),
-        "machine": machine(),
-        "noop": measure_noop(plan),
-        "tasks": {},
+        "machine": machine(programs),
+        "noop": {},
+        "kinds": {},
     }
-    for task in options.tasks:
-        results["tasks"][task] = measure(task, [KINDS[name] for name in options.servers], plan)
+
+    def save() -> None:
+        # After every round, so that a run that is cut short leaves its results.
         results["minutes"] = round((time.monotonic() - began) / 60, 1)
-        # After every task, so that a run that is cut short leaves its results.
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    subprocess.run([str(PEERS), str(HERE / "report.py"), str(out)], check=True, timeout=120)
+
+    if "noop" in options.part:
+        for index in range(options.rounds):
+            measure_noop(plan, index, results)
+        save()
+    if options.part != ["noop"]:
+        for name in options.task:
+            bench = Bench(KINDS[name], programs, options.part, plan)
+            results["kinds"][name] = bench.result
+            bench.prepare()
+            for index in range(options.rounds):
+                print(f" round {index + 1} of {options.rounds}", flush=True)
+                bench.round(index)
+                save()
+    report(out)
     print(f"{results['minutes']} minutes; see {out / 'README.md'}")
+
+
+def report(out: Path) -> None:
+    """The tables and plots."""
+    python = ENVIRONMENTS / "peers" / "bin" / "python"  # it has what draws the plots
+    subprocess.run([str(python), str(HERE / "report.py"), str(out)], check=True, timeout=120)
 
 
 def main() -> int:
@@ -260,8 +310,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--against", metavar="COMMIT", help="compare this tree with a commit, no peers")
     parser.add_argument("--quick", action="store_true", help="shorter runs, and without --against fewer")
-    parser.add_argument("--tasks", nargs="+", default=models.TASKS, choices=models.TASKS)
-    parser.add_argument("--servers", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--task", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--servers", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for results.json, README.md and the plots")
     options = parser.parse_args()
     if (os.cpu_count() or 1) < 2:
