@@ -61,14 +61,8 @@ class Submitter:
         self._batcher.open_model()  # what joins is refused as well
         loop = asyncio.get_running_loop()
         members = [Member(Job(loop.create_future()), arrived, deadline) for _ in inputs]
-        fresh: dict[Hashable, list[int]] = {}  # indices by key
-        for index, (given, member) in enumerate(zip(inputs, members, strict=True)):
-            key = canonical(*given)
-            if key is None:
-                fresh[object()] = [index]
-            elif key in fresh or not self._joined(key, member):
-                fresh.setdefault(key, []).append(index)
         try:
+            fresh = self._join_all(inputs, members)
             self._queue(fresh, inputs, members)
         except BaseException:
             self.cancel(members)
@@ -94,6 +88,17 @@ class Submitter:
                 self._batcher.shorten(left.item, left.deadline)
         if items:
             self._batcher.cancel(items, expired=expired)
+
+    def _join_all(self, inputs: Sequence[Input], members: Sequence[Member[Job]]) -> dict[Hashable, list[int]]:
+        """Let inputs join equal ones in flight. Returns the indices of the others by their keys."""
+        fresh: dict[Hashable, list[int]] = {}
+        for index, (given, member) in enumerate(zip(inputs, members, strict=True)):
+            key = canonical(*given)
+            if key is None:
+                fresh[object()] = [index]
+            elif key in fresh or not self._joined(key, member):
+                fresh.setdefault(key, []).append(index)
+        return fresh
 
     def _joined(self, key: Hashable, member: Member[Job]) -> bool:
         item = self._table.find(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from serving_kit.errors import (
 from serving_kit.model import Limits
 from serving_kit.models.functions import CallableModel
 from serving_kit.models.loading import load_model
+from serving_kit.plain import canonical
 from serving_kit.service import Service
 from serving_kit.settings import Settings
 from tests.support import BlockingFunction
@@ -35,10 +37,12 @@ class Gate(BlockingFunction):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[list[Any]] = []
+        self.takes_s = 0.0
 
     def __call__(self, values: list[Any], *, do_sample: bool = False, top_k: int = 0) -> list[Any]:
         self.calls.append(values)
         super().__call__(values)
+        time.sleep(self.takes_s)
         if "bad" in values:
             raise ValueError("secret")
         return [[value] for value in values]
@@ -368,6 +372,37 @@ def test_shared_items_are_counted_for_prometheus() -> None:
         await again
 
     drive(test)
+
+
+def test_every_request_ends_once_under_churn() -> None:
+    """Whatever mix of equal inputs, departures and deadlines: own answers, and nothing is left."""
+    draw = random.Random(7)
+
+    async def main() -> None:
+        async with running(max_batch_size=4, max_queue_size=64) as bench:
+            bench.gate.open.set()
+            bench.gate.takes_s = 0.002
+            asked: list[tuple[list[str], asyncio.Task[list[Any]]]] = []
+            for _ in range(600):
+                values = [draw.choice("abcdefgh") for _ in range(draw.choice([1, 1, 1, 2, 5]))]
+                asked.append((values, bench.ask(*values, timeout_s=draw.choice([0.001, 0.01, 5]))))
+                if draw.random() < 0.2:
+                    draw.choice(asked)[1].cancel()
+                if draw.random() < 0.3:
+                    await asyncio.sleep(draw.choice([0, 0.001]))
+            ends = await asyncio.gather(*[task for _, task in asked], return_exceptions=True)
+            for (values, _), end in zip(asked, ends, strict=True):
+                assert isinstance(end, DeadlineExceeded | Overloaded | asyncio.CancelledError) or end == [
+                    [value] for value in values
+                ]
+            outcomes = bench.outcomes()
+            assert outcomes["ok"] == sum(isinstance(end, list) for end in ends) > 50
+            assert bench.shared > 50
+            table = bench.service._submitter._table
+            assert table.followers == 0
+            assert [table.find(canonical(value, {})) for value in "abcdefgh"] == [None] * 8
+
+    asyncio.run(main())
 
 
 def test_functions_refuse_to_share() -> None:
