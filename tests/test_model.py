@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving_kit.model import More, Work, padded_tokens
+from serving_kit.model import More, Work, computed_tokens
 
 pytestmark = pytest.mark.light
 
@@ -20,9 +20,10 @@ def test_work_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(("items", "tokens"), [([], 0), ([7], 7), ([1, 5, 3], 15), ([4, 4], 8)])
-def test_padded_tokens(items: list[int], tokens: int) -> None:
-    assert padded_tokens(items) == tokens
-    assert padded_tokens(iter(items)) == tokens
+def test_computed_tokens(items: list[int], tokens: int) -> None:
+    assert computed_tokens(items, packed=False) == tokens
+    assert computed_tokens(iter(items), packed=False) == tokens
+    assert computed_tokens(iter(items), packed=True) == sum(items)
 
 
 def test_more_without_a_chunk() -> None:
