@@ -211,9 +211,9 @@ def fresh(task: str) -> Any:
     return pipe
 
 
-def without_pad_token() -> Any:
-    """A generating pipeline as GPT-2 comes: its tokenizer has no pad token."""
-    pipe = fresh("text-generation")
+def without_pad_token(task: str = "text-classification") -> Any:
+    """A pipeline whose tokenizer has no pad token, as that of GPT-2 has none."""
+    pipe = fresh(task)
     pipe.tokenizer.pad_token = None
     return pipe
 

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from serving_kit.errors import StartError
 from serving_kit.failures import classify
 from serving_kit.model import (
     EXACT,
-    PADDED,
     Done,
     FailureKind,
     Input,
-    Layout,
     Limit,
     Limits,
     Part,
@@ -40,23 +37,19 @@ from serving_kit.models import memory
 from serving_kit.models.bfloat16 import in_float32
 from serving_kit.models.changes import GivenPipeline
 from serving_kit.models.decoding import Decoder
-from serving_kit.models.decoding_trial import make_decoder
-from serving_kit.models.fast_linear import use_fast_linear
-from serving_kit.models.packing_trial import Trial, choose_layout
 from serving_kit.models.pipes import Output, Parameters, Pipe
 from serving_kit.models.positions import most_positions
 from serving_kit.models.preparing import Preparer, Tokenised
 from serving_kit.models.sampling import samples, sharing_obstacle
-from serving_kit.models.shared_weights import own_pipeline, structure, with_shared_weights
+from serving_kit.models.shared_weights import own_pipeline
+from serving_kit.models.shortcuts import choose_shortcuts
 from serving_kit.models.stepping import Stepper, batch_obstacle, make_stepper
 from serving_kit.models.task_steps import TaskSteps, task_steps
 from serving_kit.models.tasks import Task, contract, task_name
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
-_NO_SHORTCUTS = "shortcuts=False"
-_NO_MODULES = "its modules cannot be copied, and those of the given pipeline are not changed"
 _CHARACTERS_PER_TOKEN, _SPECIAL_TOKENS = 4, 2  # of an ordinary text
 
 
@@ -192,80 +185,20 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     max_tokens = most_positions(pipe)
     chunked, obstacle = isinstance(pipe, ChunkPipeline), batch_obstacle(pipe, task, steps)
     stepper = make_stepper(pipe, chunked=chunked, batches=not obstacle)
-    modules = _choose_modules(given.model, stepper, steps, shortcuts)
-    pipe.model = modules.model
     preparer = Preparer(pipe, task, steps, chunked, max_tokens)
-    own = _lay_out(pipe, preparer, modules, obstacle if shortcuts else _NO_SHORTCUTS)
-    limit = Limit(1, obstacle) if obstacle and own.decoder is None else None
+    chosen = choose_shortcuts(pipe, preparer, stepper, obstacle, shortcuts=shortcuts)
+    limit = Limit(1, obstacle) if obstacle and chosen.decoder is None else None
     return PipelineModel(
         name or short_name(str(getattr(given.model, "name_or_path", "") or type(given.model).__name__)),
         pipe,
         task,
         preparer,
-        own.stepper,
-        GivenPipeline(weakref.ref(given), given.model, given.tokenizer, modules.structure),
-        Limits(limit, own.layout, sharing_obstacle(pipe)),
-        modules.notes,
-        decoder=own.decoder,
+        chosen.stepper,
+        GivenPipeline(weakref.ref(given), given.model, given.tokenizer, chosen.structure),
+        Limits(limit, chosen.layout, sharing_obstacle(pipe)),
+        chosen.notes,
+        decoder=chosen.decoder,
     )
-
-
-class _Modules(NamedTuple):
-    """The modules that run."""
-
-    model: torch.nn.Module
-    stepper: Stepper
-    structure: int | None = None  # of the given model; None: the model that runs is that one
-    notes: Sequence[str] = ()
-
-
-class _LaidOut(NamedTuple):
-    """How steps run, and why so."""
-
-    stepper: Stepper
-    layout: Layout
-    decoder: Decoder | None = None
-
-
-def _lay_out(pipe: Pipe, preparer: Preparer, modules: _Modules, obstacle: str) -> _LaidOut:
-    """A packed step or continuous batching where a trial shows that they are right, else a padded step."""
-    steps, stepper = preparer.steps, modules.stepper
-    if modules.structure is None:
-        return _LaidOut(stepper, PADDED._replace(reason=obstacle or _NO_MODULES))
-    if steps.generates and obstacle != _NO_SHORTCUTS:
-        decoder, reason = make_decoder(pipe)
-        return _LaidOut(stepper, Layout(decoder is not None, reason), decoder)
-    if obstacle or steps.reads is None:
-        return _LaidOut(stepper, PADDED._replace(reason=obstacle or "inputs of this task are not packed"))
-    packed, layout = choose_layout(Trial(pipe, steps.reads, preparer, stepper))
-    return _LaidOut(replace(stepper, packed=packed), layout)
-
-
-def _choose_modules(given: torch.nn.Module, stepper: Stepper, steps: TaskSteps, shortcuts: bool) -> _Modules:
-    """Modules that share the weights of the given model where that is of use, else the given model.
-
-    Raises:
-        StartError: the given model is in training mode and cannot be copied.
-    """
-    trains = bool(getattr(given, "training", False))
-    own = with_shared_weights(given) if trains or shortcuts else None
-    if trains and own is None:
-        raise StartError(
-            "the model is in training mode, so dropout would make its answers vary: call pipe.model.eval() "
-            "first"
-        )
-    if own is None:
-        return _Modules(given, stepper)
-    if trains:
-        own.eval()
-    stepper.pipe.model = own  # for the trial of the shortcut
-    fast = use_fast_linear(own) if shortcuts else 0
-    if shortcuts and stepper.collate is not None:
-        stepper = replace(stepper, shortcut=steps.shortcut(stepper.pipe, stepper.collate))
-    if not (trains or fast or stepper.shortcut or (shortcuts and (steps.generates or steps.reads))):
-        return _Modules(given, stepper)
-    notes = ["the model is in training mode; its copy is served in evaluation mode"] if trains else []
-    return _Modules(own, stepper, structure(given), notes)
 
 
 def short_name(source: str) -> str:

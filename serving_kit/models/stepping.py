@@ -38,6 +38,11 @@ class Stepper:
     shortcut: Runner | None = None
     packed: PackedForward | None = None
 
+    @property
+    def takes_shortcuts(self) -> bool:
+        """Whether anything runs but `pipe.forward`."""
+        return self.shortcut is not None or self.packed is not None
+
     def outputs(self, inputs: Sequence[Tokenised]) -> list[Output]:
         """Run inputs of one key. Each output is what `pipe.forward` gives for that input alone."""
         parameters = inputs[0].split.forward

@@ -115,6 +115,7 @@ def test_no_shortcut_no_copy(serve: Serve) -> None:
     assert reason(server) == ""
 
 
+@pytest.mark.usefixtures("pads")
 def test_no_shortcut_no_copied_modules(serve: Serve) -> None:
     pipe = fresh("text-classification")
     server, text = serve(pipe), example("text-classification", 9)

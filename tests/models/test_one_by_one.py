@@ -67,12 +67,19 @@ def test_lowered_default_has_a_note(serve: Serve, task: str, capsys: pytest.Capt
     assert server.tune(timeout_ms=5000).max_batch_size == 1
 
 
-def test_generation_without_a_pad_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_pad_token_no_padded_steps(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = without_pad_token()
     server = serve(pipe)
     out = capsys.readouterr().out
     assert "max_batch_size is 1: its tokenizer has no pad token" in out
     assert "pipe.tokenizer.pad_token = pipe.tokenizer.eos_token" in out
+    assert server("the river") == pipe("the river")
+
+
+def test_generation_needs_no_pad_token(serve: Serve) -> None:
+    pipe = without_pad_token("text-generation")
+    server = serve(pipe)
+    assert server.settings.max_batch_size > 1
     parameters = PARAMETERS["text-generation"]
     assert server("the river", **parameters) == pipe("the river", **parameters)
 
@@ -107,7 +114,15 @@ def test_command_shows_the_note(tmp_path: Any) -> None:
     pipe = without_pad_token()
     pipe.model.save_pretrained(tmp_path)
     pipe.tokenizer.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "serving_kit.cli", "serve", str(tmp_path), "--task", "text-generation"]
+    command = [
+        sys.executable,
+        "-m",
+        "serving_kit.cli",
+        "serve",
+        str(tmp_path),
+        "--task",
+        "text-classification",
+    ]
     command += ["--device", "cpu", "--port", "0"]
     refused = subprocess.run(
         [*command, "--max-batch-size", "32"], capture_output=True, text=True, timeout=120, check=False

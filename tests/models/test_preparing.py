@@ -134,7 +134,7 @@ def test_other_parameters_other_key() -> None:
 
 def test_work() -> None:
     text = example("fill-mask", 10)
-    assert build_pipeline_model(tiny("fill-mask")).prepare(text, {}).work == Work(sequences=1, longest=12)
+    assert build_pipeline_model(tiny("fill-mask")).prepare(text, {}).work == Work(1, 12, packed_tokens=12)
     zero_shot = build_pipeline_model(tiny("zero-shot-classification"))
     alone = zero_shot.prepare("x", {"candidate_labels": ["a"]}).work
     three = zero_shot.prepare("x", {"candidate_labels": ["a", "b", "c"]}).work
