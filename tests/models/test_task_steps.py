@@ -91,8 +91,7 @@ def test_pipeline_that_cannot_batch(serve: Serve) -> None:
     with pytest.raises(StartError, match=r"no pad token.*pad_token = .*max_batch_size=1"):
         serve(pipe, max_batch_size=32)
     server = serve(pipe, max_batch_size=1)
-    parameters = PARAMETERS["text-generation"]
-    assert server("the river", **parameters) == pipe("the river", **parameters)
+    assert server("the river") == pipe("the river")
     with pytest.raises(ValueError, match="no pad token"):
         server.tune(max_batch_size=2)
 

@@ -1,0 +1,130 @@
+"""Many sequences in one step: each gets the text that it gets alone, and fails alone."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from serving_kit.model import Done, Failed, More, Part, Prepared
+from serving_kit.models.pipeline import PipelineModel, build_pipeline_model
+from tests.support_models import example, fresh, plain, tiny
+
+GREEDY = {"do_sample": False}
+
+
+def run(model: PipelineModel, running: dict[str, Prepared[Any]]) -> dict[str, object]:
+    """One step of all of them. Returns the answers of those that have ended."""
+    results = model.step([Part(each, each.work.tokens) for each in running.values()])
+    ended = {}
+    for (name, prepared), result in zip(list(running.items()), results, strict=True):
+        if isinstance(result, Done):
+            ended[name] = plain(model.finish(prepared, result.output))
+            del running[name]
+    return ended
+
+
+def test_text_in_company_is_the_text_alone() -> None:
+    """They join one after the other, and end at different times."""
+    pipe = tiny("text-generation")
+    model = build_pipeline_model(pipe)
+    wanted, answers, running = {}, {}, {}
+    for number in range(12):
+        if number < 6:
+            text, parameters = (
+                example("text-generation", 2 + 7 * number),
+                GREEDY | {"max_new_tokens": 9 - number},
+            )
+            wanted[text] = plain(pipe(text, **parameters))
+            running[text] = model.prepare(text, parameters)
+        if running:
+            answers |= run(model, running)
+    assert answers == wanted
+
+
+def test_failed_step_can_be_run_again() -> None:
+    pipe = fresh("text-generation")
+    model = build_pipeline_model(pipe)
+    text, parameters = "the river", GREEDY | {"max_new_tokens": 6}
+    running = {text: model.prepare(text, parameters)}
+    run(model, running)
+    sequence = running[text].payload.sequence
+    assert sequence is not None
+    before = (list(sequence.ids), sequence.cache.length)
+    hook = model.pipe.model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(model, running)
+    hook.remove()
+    assert (list(sequence.ids), sequence.cache.length) == before
+    answers: dict[str, object] = {}
+    while running:
+        answers |= run(model, running)
+    assert answers == {text: plain(pipe(text, **parameters))}
+
+
+def test_sequence_that_cannot_go_on_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny("text-generation")
+    model = build_pipeline_model(pipe)
+    good, bad = (model.prepare("the river", GREEDY | {"max_new_tokens": 3}) for _ in range(2))
+    assert bad.payload.sequence is not None
+    monkeypatch.setattr(
+        type(bad.payload.sequence), "has_ended", lambda self: 1 / (self is not bad.payload.sequence)
+    )
+    first, second = model.step([Part(good, 1), Part(bad, 1)])
+    assert isinstance(second, Failed)
+    assert isinstance(second.error, ZeroDivisionError)
+    assert isinstance(first, Done | More)
+
+
+def test_released_sequence_holds_no_cache() -> None:
+    model = build_pipeline_model(tiny("text-generation"))
+    prepared = model.prepare("the river", GREEDY | {"max_new_tokens": 6})
+    model.step([Part(prepared, prepared.work.tokens)])
+    assert prepared.payload.sequence is not None
+    assert prepared.payload.sequence.cache.capacity > 0
+    model.release(prepared)
+    model.release(prepared)
+    assert prepared.payload.sequence.cache.capacity == 0
+
+
+def test_next_step_costs_one_token() -> None:
+    model = build_pipeline_model(tiny("text-generation"))
+    prepared = model.prepare("the river", GREEDY | {"max_new_tokens": 6})
+    (result,) = model.step([Part(prepared, prepared.work.tokens)])
+    assert isinstance(result, More)
+    assert result.work.tokens == 1
+    assert result.work.context_tokens == prepared.work.tokens
+
+
+def test_chunks_are_the_new_text() -> None:
+    """Of an item whose client takes the answer in chunks; no other pays for decoding them."""
+    pipe = tiny("text-generation")
+    model = build_pipeline_model(pipe)
+    parameters = GREEDY | {"max_new_tokens": 8, "return_full_text": False}
+    prepared, silent = (model.prepare("the river", parameters) for _ in range(2))
+    chunks = []
+    while True:
+        streamed, other = model.step([Part(prepared, 1, streamed=True), Part(silent, 1)])
+        if isinstance(streamed, Done):
+            break
+        assert isinstance(streamed, More)
+        assert isinstance(other, More)
+        assert other.chunk is None
+        chunks.append(str(streamed.chunk or ""))
+    (answer,) = plain(pipe("the river", **parameters))
+    assert answer["generated_text"].startswith("".join(chunks))
+    assert sum(map(len, chunks)) > len(answer["generated_text"]) / 2
+
+
+def test_sixteen_clients_share_steps(serve: Callable[..., Any]) -> None:
+    pipe = tiny("text-generation")
+    server = serve(pipe)
+    asked = [(example("text-generation", 3 + n % 5), 2 + 3 * (n % 4)) for n in range(16)]
+    with ThreadPoolExecutor(16) as clients:
+        given = list(clients.map(lambda one: server(one[0], max_new_tokens=one[1], do_sample=False), asked))
+    wanted = [pipe(text, max_new_tokens=most, do_sample=False) for text, most in asked]
+    assert [plain(each) for each in given] == [plain(each) for each in wanted]
+    assert server.stats()["batches"]["continued"] > 0
+    assert server.stats()["layout"]["packed"]
