@@ -70,7 +70,7 @@ class Submitter:
         return Submitted(members, len(inputs) - len(fresh))
 
     def cancel(self, waiting: Sequence[Waiting]) -> None:
-        """Their client has left: an item that nobody else waits for is cancelled."""
+        """Their client has left: an item that no other client waits for is cancelled."""
         items = []
         for each in waiting:
             if isinstance(each, Item):
