@@ -275,8 +275,8 @@ class Service:
         """Answers to `values`, in order. Each is a queue item of its own; the first error ends all.
 
         With `share_equal_inputs` an input that is equal to one in flight joins its item, also of another
-        request. Cancelling the caller cancels the items that nobody else waits for: waiting ones leave the
-        queue at once.
+        request. Cancelling the caller cancels the items that no other request waits for: waiting ones leave
+        the queue at once.
 
         Raises:
             MalformedRequest: parameters or values that this task does not take.

@@ -34,7 +34,7 @@ class Left(NamedTuple):
     """What a member has left behind."""
 
     item: Item
-    deadline: float | None  # the latest of those that still wait; None: nobody does
+    deadline: float | None  # the latest of those that still wait; None: there are none
 
 
 @dataclass(eq=False, slots=True)

@@ -69,7 +69,7 @@ class CallableModel:
             raise MalformedRequest(f"unknown parameter {name[:60]!r}; this model takes {known}")
 
     def samples(self, parameters: Mapping[str, object]) -> bool:
-        """Nobody knows: see `limits`. Loop thread."""
+        """Not known, so it may: see `limits`. Loop thread."""
         return True
 
     def changed(self) -> str:

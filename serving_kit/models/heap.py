@@ -1,7 +1,7 @@
 """Memory that a step frees stays with the process, up to 32 MiB, for the next step.
 
 By default glibc gives larger blocks back to the system at once, and asks for them again in the next step: the
-kernel then clears every page of them anew, which is 5 to 8 % of a step from 400 tokens on.
+kernel then clears every page of them anew, which is 4 to 8 % of a step from 400 tokens on.
 
 The setting holds for the whole process, the notebook's own code included, and costs it up to 32 MiB for each
 arena of glibc (the threads that allocate at the same time). The values before cannot be read, and glibc no

@@ -69,9 +69,8 @@ def test_sequence_that_cannot_go_on_fails_alone(monkeypatch: pytest.MonkeyPatch)
     model = build_pipeline_model(pipe)
     good, bad = (model.prepare("the river", GREEDY | {"max_new_tokens": 3}) for _ in range(2))
     assert bad.payload.sequence is not None
-    monkeypatch.setattr(
-        type(bad.payload.sequence), "has_ended", lambda self: 1 / (self is not bad.payload.sequence)
-    )
+    broken = bad.payload.sequence
+    monkeypatch.setattr(type(broken), "has_ended", lambda self: 1 / (self is not broken) > 1)
     first, second = model.step([Part(good, 1), Part(bad, 1)])
     assert isinstance(second, Failed)
     assert isinstance(second.error, ZeroDivisionError)
@@ -114,7 +113,8 @@ def test_chunks_are_the_new_text() -> None:
         assert other.chunk is None
         chunks.append(str(streamed.chunk or ""))
     (answer,) = plain(pipe("the river", **parameters))
-    assert answer["generated_text"].startswith("".join(chunks))
+    # Decoded behind the prompt the first word has its space; the pipeline decodes it without.
+    assert answer["generated_text"].strip().startswith("".join(chunks).strip())
     assert sum(map(len, chunks)) > len(answer["generated_text"]) / 2
 
 
