@@ -66,6 +66,7 @@ class Answered(NamedTuple):
     """An item has ended with this answer."""
 
     answer: object
+    chunk: object = None  # the last of its stream; None: none
 
 
 ItemResult = Answered | More | Failure

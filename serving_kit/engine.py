@@ -317,6 +317,8 @@ class Engine:
             if isinstance(result, Answered):
                 answered = True
                 item.prepared = None
+                if result.chunk is not None:
+                    self._events.append((item, Chunk(result.chunk)))
                 self._events.append((item, Done(result.answer, *item.waited_s(executed.ended))))
             elif isinstance(result, More):
                 answered = True

@@ -109,7 +109,7 @@ def _finish(model: Model, item: Item, result: StepResult) -> ItemResult:
         return result
     try:
         if isinstance(result, Done):
-            return Answered(model.finish(_prepared(item), result.output))
+            return Answered(model.finish(_prepared(item), result.output), result.chunk)
         return _failure(model, result.error, [item])
     except BaseException as error:
         return _failure(model, error, [item])

@@ -86,9 +86,15 @@ class Part(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The item has ended; `finish` makes the answer of `output`."""
+    """The item has ended.
+
+    Attributes:
+        output: `finish` makes the answer of it.
+        chunk: What a stream passes on before the answer; None: nothing.
+    """
 
     output: object
+    chunk: object = None
 
 
 class More(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from serving_kit.http.strict_json import dump_json
-from serving_kit.model import Part
+from serving_kit.model import Done, Failed, Part
 
 WORDS = ["PER", "LOC", "ORG"]
 LABELS = {
@@ -262,10 +262,14 @@ def parts(prepared: Sequence[Any]) -> list[Part]:
 
 
 def answers(model: Any, values: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
-    """What a model that answers in one step gives for values in one batch, as clients get it."""
+    """What a model gives for values that share their steps until the last has ended, as clients get it."""
     prepared = [model.prepare(value, parameters) for value in values]
-    results = model.step(parts(prepared))
-    assert len(results) == len(values)
-    return [
-        plain(model.finish(given, result.output)) for given, result in zip(prepared, results, strict=True)
-    ]
+    ended: dict[int, Any] = {}
+    while len(ended) < len(values):
+        running = [n for n in range(len(values)) if n not in ended]
+        results = model.step(parts([prepared[n] for n in running]))
+        for n, result in zip(running, results, strict=True):
+            assert not isinstance(result, Failed), result.error
+            if isinstance(result, Done):
+                ended[n] = plain(model.finish(prepared[n], result.output))
+    return [ended[n] for n in range(len(values))]

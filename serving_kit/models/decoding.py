@@ -87,9 +87,10 @@ def _advance(part: Part, logits: torch.Tensor) -> StepResult:
     assert sequence is not None
     try:
         sequence.take(logits)
-        if sequence.has_ended():
-            return Done(generating.output(sequence, payload.chunks[0]))
-        piece = sequence.pieces.next(sequence.ids) if part.streamed else ""
+        ended = sequence.has_ended()
+        piece = sequence.pieces.next(sequence.ids, last=ended) if part.streamed else ""
+        if ended:
+            return Done(generating.output(sequence, payload.chunks[0]), piece or None)
     except Exception as error:
         return Failed(error)
     return More(piece or None, Work(context_tokens=sequence.cache.length))

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import numpy as np
 
 from serving_kit.errors import ModelFailed
-from serving_kit.model import Done, FailureKind, Part, Work
+from serving_kit.model import Done, FailureKind, More, Part, Work
 from serving_kit.models.loading import load_model
 from serving_kit.models.pipeline import build_pipeline_model
 from serving_kit.service import Service
@@ -87,11 +87,13 @@ def test_text_pair() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_step_and_protocol(task: str) -> None:
-    """Every part of a first step is done; what does nothing may be called at any time."""
+    """Of a model that answers at once a first step ends all; what does nothing may be called at any time."""
     model, text = build_pipeline_model(tiny(task)), example(task, 9)
     prepared = [model.prepare(text, PARAMETERS.get(task, {})) for _ in range(2)]
-    results = model.step(parts(prepared))
-    assert all(isinstance(result, Done) for result in results)
+    steps = PARAMETERS.get(task, {}).get("max_new_tokens", 1)
+    for step in range(1, steps + 1):
+        results = model.step(parts(prepared))
+        assert [type(result) for result in results] == [Done if step == steps else More] * 2
     assert model.changed() == ""
     model.release(prepared[0])
     model.release(prepared[0])
