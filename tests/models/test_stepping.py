@@ -70,4 +70,4 @@ def test_chunks_share_a_call() -> None:
         answers(model, [text, text], {"candidate_labels": ["a", "b", "c"]})
     finally:
         hook.remove()
-    assert calls == [6]
+    assert len(calls) == 1

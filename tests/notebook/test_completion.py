@@ -16,6 +16,7 @@ SCRIPT = """
 import json
 from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
+from serving_kit.settings import KNOBS
 
 shell = InteractiveShell.instance()
 shell.run_cell("import serving_kit; tune = serving_kit.Server.tune", silent=True)
@@ -23,7 +24,7 @@ found = {}
 for name in ("serving_kit.serve", "serving_kit.create_app", "tune"):
     texts = []
     with provisionalcompleter():
-        for start in ("m", "t", "g", "d", "o", "e"):
+        for start in sorted({knob[0] for knob in KNOBS}):
             code = f"{name}({start}"
             texts += [each.text for each in shell.Completer.completions(code, len(code))]
     found[name] = [texts, shell.object_inspect_mime(name)["text/plain"]]
