@@ -24,6 +24,7 @@ from serving_kit.errors import (
 )
 from serving_kit.events import Chunk, Done, Failed
 from serving_kit.failures.breaker import Gate
+from serving_kit.model import Done as Ended
 from serving_kit.model import FailureKind, Input
 from serving_kit.records import BatchReason, BatchRecord, FailureRecord, Record
 from serving_kit.settings import Settings
@@ -87,6 +88,20 @@ def test_stream_of_chunks() -> None:
         assert values_of([await ended(body)]) == ["BODY"]
 
     assert drive(test).model.released.total() == 2
+
+
+def test_last_chunk_precedes_the_answer() -> None:
+    """A model may give the last piece of a stream with the answer."""
+    model = Echo()
+    model.advance = lambda payload: Ended("A", "last")  # type: ignore[method-assign]
+
+    async def test(bench: Bench) -> None:
+        (item,) = bench.submit("a", stream_timeout_s=HANG_S)
+        events = [event async for event in item.payload.events()]
+        assert events[:-1] == [Chunk("last")]
+        assert values_of(events[-1:]) == ["A"]
+
+    drive(test, model)
 
 
 def test_stream_cancelled_between_steps() -> None:

@@ -218,6 +218,12 @@ def test_release_that_raises() -> None:
     assert [each.error for each in executed.unreleased] == [error]
 
 
+def test_last_chunk_comes_with_the_answer() -> None:
+    model = Echo()
+    model.advance = lambda payload: Done("A", "last")  # type: ignore[method-assign]
+    assert step(model, [running("a")]).results == [Answered("A", "last")]
+
+
 def test_classify_that_raises() -> None:
     model = Echo()
     model.raises["step"] = ValueError()

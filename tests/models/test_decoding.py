@@ -1,5 +1,6 @@
 """Many sequences in one step: each gets the text that it gets alone, and fails alone."""
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from serving_kit.events import Chunk
 from serving_kit.model import Done, Failed, More, Part, Prepared
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model
+from serving_kit.service import Service
 from tests.support_models import example, fresh, plain, tiny
 
 GREEDY = {"do_sample": False}
@@ -97,25 +100,54 @@ def test_next_step_costs_one_token() -> None:
     assert result.work.context_tokens == prepared.work.tokens
 
 
-def test_chunks_are_the_new_text() -> None:
-    """Of an item whose client takes the answer in chunks; no other pays for decoding them."""
+def test_token_that_cannot_be_chosen_fails_alone() -> None:
+    """Its neighbour gets the text that it gets alone."""
     pipe = tiny("text-generation")
     model = build_pipeline_model(pipe)
-    parameters = GREEDY | {"max_new_tokens": 8, "return_full_text": False}
-    prepared, silent = (model.prepare("the river", parameters) for _ in range(2))
-    chunks = []
-    while True:
-        streamed, other = model.step([Part(prepared, 1, streamed=True), Part(silent, 1)])
-        if isinstance(streamed, Done):
-            break
-        assert isinstance(streamed, More)
-        assert isinstance(other, More)
+    parameters = GREEDY | {"max_new_tokens": 3}
+    good, bad = (model.prepare("the river", parameters | {"repetition_penalty": n}) for n in (1.5, 1.7))
+    assert bad.payload.sequence is not None
+    bad.payload.sequence.rules.processors.append(lambda *_: 1 / 0)
+    _, failed = model.step([Part(good, 1), Part(bad, 1)])
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, ZeroDivisionError)
+    answers, running = {}, {"good": good}
+    while running:
+        answers |= run(model, running)
+    assert answers["good"] == plain(pipe("the river", **parameters, repetition_penalty=1.5))
+
+
+def test_only_streams_have_chunks() -> None:
+    """No other item pays for decoding them."""
+    model = build_pipeline_model(tiny("text-generation"))
+    streamed, silent = (model.prepare("the river", GREEDY | {"max_new_tokens": 2}) for _ in range(2))
+    for kind in (More, Done):
+        one, other = model.step([Part(streamed, 1, streamed=True), Part(silent, 1)])
+        assert isinstance(one, kind)
+        assert isinstance(other, kind)
+        assert one.chunk
         assert other.chunk is None
-        chunks.append(str(streamed.chunk or ""))
-    (answer,) = plain(pipe("the river", **parameters))
+
+
+@pytest.mark.parametrize("new", [1, 8])
+def test_joined_chunks_are_the_new_text(new: int) -> None:
+    """Of a stream through the queue; the last chunk comes with the answer, before it."""
+    pipe = tiny("text-generation")
+    parameters = GREEDY | {"max_new_tokens": new, "return_full_text": False}
+
+    async def main() -> list[Any]:
+        service = Service(build_pipeline_model(pipe))
+        await service.start()
+        with service.observe() as ticket:
+            events = [each async for each in service.stream("the river", parameters, ticket, 60.0)]
+        assert await service.stop()
+        return events
+
+    *chunks, answer = asyncio.run(main())
+    assert {type(each) for each in chunks} == {Chunk}
+    assert plain(answer.value) == plain(pipe("the river", **parameters))
     # Decoded behind the prompt the first word has its space; the pipeline decodes it without.
-    assert answer["generated_text"].strip().startswith("".join(chunks).strip())
-    assert sum(map(len, chunks)) > len(answer["generated_text"]) / 2
+    assert "".join(each.value for each in chunks).strip() == answer.value[0]["generated_text"].strip()
 
 
 def test_sixteen_clients_share_steps(serve: Callable[..., Any]) -> None:

@@ -57,6 +57,15 @@ def test_end_token_ends_a_text() -> None:
     assert answer(model, "the old house", parameters) == plain(pipe("the old house", **parameters))
 
 
+def test_total_length_ends_a_text() -> None:
+    """`max_length` counts the prompt too."""
+    pipe = fresh("text-generation")
+    pipe.model.generation_config.max_length = 9
+    wanted = plain(pipe("the old house", do_sample=False))
+    assert wanted != plain(pipe("the old house", do_sample=False, max_new_tokens=9))
+    assert answer(build_pipeline_model(pipe), "the old house", {"do_sample": False}) == wanted
+
+
 def test_samples_differ() -> None:
     model = build_pipeline_model(tiny("text-generation"))
     parameters = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 8}
