@@ -131,8 +131,7 @@ class Engine:
             expired_at: When their time was up and their clients were told so; None: it was not.
         """
         if expired_at is not None:
-            alive = [item for item in items if item.state is not ItemState.DONE and not item.cancelled]
-            self._record_drops(alive, Drop.EXPIRED, expired_at)
+            self._record_drops([item for item in items if _is_alive(item)], Drop.EXPIRED, expired_at)
         for item in items:
             self.scheduler.cancel(item)
             if item.state is ItemState.DONE:
@@ -439,7 +438,8 @@ class Engine:
             self._end([item], _dropped(drop, retry_after_s), now)
 
     def _record_drops(self, items: Sequence[Item], drop: Drop, now: float) -> None:
-        self._records += [DropRecord(now, now - item.arrived, drop) for item in items]
+        """Record each once: of a cancelled item the client has left, or was told before."""
+        self._records += [DropRecord(now, now - item.arrived, drop) for item in items if not item.cancelled]
 
     def _client_error(self, failure: Failure, *, alone: bool) -> ServingError:
         """What clients are told; the owner is told once for each exception."""
@@ -488,6 +488,13 @@ def _rejection(rejected: Rejected) -> ServingError:
     if rejected.expired:
         return DeadlineExceeded(f"the request cannot be answered: {rejected.reason}")
     return Overloaded(f"the server is overloaded: {rejected.reason}", retry_after=rejected.retry_after_s)
+
+
+def _is_alive(item: Item) -> bool:
+    """Whether it has not ended; in a step that runs again in parts, some have before the others."""
+    return item.state is ItemState.WAITING or (
+        item.state is ItemState.RUNNING and item.prepared is not None and not item.cancelled
+    )
 
 
 def _dropped(drop: Drop, retry_after_s: float | None) -> ServingError:

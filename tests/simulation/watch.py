@@ -270,7 +270,7 @@ class Watch:
             self._phases[item] = _Phase.ENDED
             self._open.pop(item, None)
             if isinstance(event, Failed):
-                if event.error.dropped:
+                if event.error.dropped and phase is _Phase.OPEN:
                     late = event.error.outcome is Outcome.EXPIRED
                     self.dropped[Drop.EXPIRED if late else Drop.HOPELESS] += 1
                 self._check_failed(item, event.error)
