@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-import torch
+import numpy
 
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model
 from serving_kit.models.pooling import pooled
