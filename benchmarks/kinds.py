@@ -81,7 +81,7 @@ KINDS: Mapping[str, Kind] = {
 # Pooled embeddings of ours: of a function that pools, or of the kit's own pooling.
 POOLED_BY_FUNCTION = Route(arguments=("--function",))
 POOLED_BY_THE_KIT = Route(template='{"inputs": $text, "parameters": {"pooling": "mean", "normalize": true}}')
-OURS_EMBEDDINGS = POOLED_BY_FUNCTION
+OURS_EMBEDDINGS = POOLED_BY_THE_KIT
 
 
 def everywhere(route: Route, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Route]:

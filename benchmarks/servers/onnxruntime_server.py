@@ -1,4 +1,4 @@
-"""ONNX Runtime in fp32, its fused operators of BERT where they can be made, behind a bare Starlette route."""
+"""ONNX Runtime in fp32, with what its optimiser fuses, behind a bare Starlette route."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ args = arguments()
 
 
 def export(path: Path) -> None:
-    """Write the ONNX file, with attention, layer norm and GELU fused."""
+    """Write the ONNX file. The optimiser fuses layer norms; it does not find the attention."""
     import torch
     from onnxruntime.transformers import optimizer
 
