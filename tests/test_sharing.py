@@ -1,4 +1,4 @@
-"""The table of shared computations: every member ends exactly once, and no computation runs for nobody."""
+"""The table of shared computations: every member ends exactly once, and no computation runs without one."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_cancelling_one_does_not_cancel_another(leaves: int) -> None:
     drive(test)
 
 
-def test_nothing_runs_for_nobody() -> None:
+def test_nothing_runs_without_a_client() -> None:
     async def test(bench: Bench) -> None:
         asked = [bench.ask("x"), bench.ask("x", "x")]
         await turn()

@@ -3,9 +3,6 @@
     row of new tokens:   [ prompt of A . . . . | B | C | part of the prompt of D . . ]
     attention:             A with itself        B, C with their caches    D with its cache and itself
 
-transformers calls the function that is registered here in every layer of an unmodified model. It makes no
-mask for a name without a mask function, so the row is never attended to as one text.
-
 Not here: the cache (`sequence_cache.py`), whether a model works so (`decoding_trial.py`).
 """
 
@@ -16,14 +13,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from serving_kit.models.attention import attention, refuse_other_arithmetic
 from serving_kit.models.sequence_cache import SequenceCache
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "serving_kit_cached"
-# Passed by models whose attention is not softmax(q k) v alone; ignoring them would give other numbers.
-_REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 class Segment(NamedTuple):
@@ -51,22 +47,12 @@ def cached_attention(model: torch.nn.Module, segments: Sequence[Segment]) -> Ite
         model: A transformers model with a config of its own.
         segments: The sequences in the order of the row.
     """
-    _register()
-    config = model.config
-    usual = config._attn_implementation
-    config._attn_implementation = NAME
     _running.segments, _running.masks = segments, {}
     try:
-        yield
+        with attention(model, NAME, _attend):
+            yield
     finally:
-        config._attn_implementation = usual
         _running.segments, _running.masks = (), {}
-
-
-def _register() -> None:
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(NAME, _attend)
 
 
 def _attend(
@@ -96,8 +82,7 @@ def _attend(
     """
     import torch
 
-    if any(others.get(name) is not None for name in _REFUSED) or attention_mask is not None:
-        raise NotImplementedError("this attention is not softmax(q k) v alone")
+    refuse_other_arithmetic(attention_mask, others)
     heads, tokens, grouped = query.shape[1], query.shape[2], query.shape[1] != key.shape[1]
     output = query.new_empty(1, tokens, heads, value.shape[3])
     start, layer = 0, cast("int", module.layer_idx)

@@ -6,8 +6,10 @@ Not here: the step itself (`decoding.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from serving_kit.models import generating
 from serving_kit.models.decoding import Decoder
 from serving_kit.models.generating import Generating, Rules
 from serving_kit.models.pipes import Pipe, tokenizer_of
@@ -30,6 +32,7 @@ def make_decoder(pipe: Pipe) -> tuple[Decoder | None, str]:
     """
     try:
         decoder = Decoder(pipe)
+        _try_parameters(pipe)
         difference = _difference(pipe, decoder)
     except Exception as error:
         return None, f"its model does not take several sequences in one row ({type(error).__name__}: {error})"
@@ -37,6 +40,13 @@ def make_decoder(pipe: Pipe) -> tuple[Decoder | None, str]:
     if not difference <= (_ROUNDING if single else _HALF_ROUNDING):
         return None, f"several sequences in one row give other numbers ({difference:.0e} of the largest)"
     return decoder, "sequences join and leave at every step"
+
+
+def _try_parameters(pipe: Pipe) -> None:
+    """Raise where the parameters of a call cannot be read as `generate` reads them."""
+    chunk = pipe.preprocess("a word", **pipe._preprocess_params)
+    assert isinstance(chunk, Mapping)
+    generating.begin(pipe, chunk, {**pipe._forward_params, "max_new_tokens": 1})
 
 
 def _difference(pipe: Pipe, decoder: Decoder) -> float:

@@ -115,7 +115,7 @@ def begin(pipe: Pipe, chunk: Chunk, parameters: Parameters) -> Generating | None
 
     # `generate` drops the tokenizer that stop strings need when it is given a decoding method.
     given = {name: value for name, value in parameters.items() if name not in ("stop_strings", "tokenizer")}
-    pipe.forward(dict(chunk), **given, custom_generate=keep)
+    pipe.forward(dict(chunk), **{**given, "use_cache": False}, custom_generate=keep)  # no cache of its own
     ids, processors, criteria, config = kept[0]
     if strings := parameters.get("stop_strings"):
         criteria.append(_stop_strings(pipe, strings))

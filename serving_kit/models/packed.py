@@ -93,6 +93,11 @@ class PackedForward:
         self._part.output = None
         return outputs
 
+    def remove(self) -> None:
+        """Take the hooks on the model away."""
+        if self.last_layer is not None:
+            self.last_layer.remove()
+
     def row(self, texts: Texts) -> Row:
         """The row of some texts, with what is read of them."""
         import torch

@@ -3,9 +3,6 @@
     row:         [ text A . . . . | text B . . | text C . . ]
     attention:     A with A         B with B     C with C        (neighbours of one length in one call)
 
-transformers calls the function that is registered here in every layer of an unmodified model. It makes no
-mask for a name without a mask function, so a row is never attended to as one text.
-
 In the last layer the queries may be those of a few tokens only, with the keys and values of all of them
 (`last_layer.py`).
 
@@ -21,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from serving_kit.models.attention import attention, refuse_other_arithmetic
+
 if TYPE_CHECKING:
     import torch
 
 NAME = "serving_kit_packed"
-# Passed by models whose attention is not softmax(q k) v alone; ignoring them would give other numbers.
-REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 class Run(NamedTuple):
@@ -99,18 +96,12 @@ def packed_attention(model: torch.nn.Module, row: Row) -> Iterator[None]:
         model: A transformers model with a config of its own.
         row: What it is given.
     """
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(NAME, _attend)
-    config = model.config
-    usual = config._attn_implementation
-    config._attn_implementation = NAME
     _running.row = row
     try:
-        yield
+        with attention(model, NAME, _attend):
+            yield
     finally:
         _running.row = None
-        config._attn_implementation = usual
 
 
 def _attend(
@@ -142,9 +133,9 @@ def _attend(
     """
     import torch
 
+    refuse_other_arithmetic(attention_mask, others)
     row = _running.row
-    if row is None or attention_mask is not None or any(others.get(name) is not None for name in REFUSED):
-        raise NotImplementedError("this attention is not softmax(q k) v alone")
+    assert row is not None, "a packed forward without a row. This is a bug."
     row.calls += 1
     row.windows.add(sliding_window)
     row.module, row.pointers = module, (key.data_ptr(), value.data_ptr())

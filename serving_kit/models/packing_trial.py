@@ -71,8 +71,8 @@ def choose_layout(trial: Trial) -> tuple[PackedForward | None, Layout]:
         reason = f"several texts in one row raise {error_text(error)}"
     else:
         return packed, Layout(True, f"packed steps were {gain:.1f} times as fast as padded ones when tried")
-    if packed is not None and packed.last_layer is not None:
-        packed.last_layer.remove()
+    if packed is not None:
+        packed.remove()
     return None, PADDED._replace(reason=reason)
 
 
@@ -108,15 +108,26 @@ def _exact(trial: Trial, texts: Sequence[Chunk], alone: Sequence[torch.Tensor]) 
     """
     why = ""
     for packed in _candidates(trial, texts):
-        worst = _difference(trial, packed, texts, alone)
-        if worst <= _rounding(trial.pipe):
-            windows = _probe(packed, texts).windows
-            _check_window(trial, packed, max((each for each in windows if each), default=0))
+        problem = _problem(trial, packed, texts, alone)
+        if not problem:
             return packed
-        why = why or f"texts in one row have other numbers ({worst:.0e} of the largest)"
-        if packed.last_layer is not None:
-            packed.last_layer.remove()
+        why = why or problem
+        packed.remove()
     raise _Refused(why)
+
+
+def _problem(
+    trial: Trial, packed: PackedForward, texts: Sequence[Chunk], alone: Sequence[torch.Tensor]
+) -> str:
+    """Why this way of packing is not right; empty: it is."""
+    try:
+        worst = _difference(trial, packed, texts, alone)
+        if worst > _rounding(trial.pipe):
+            return f"texts in one row have other numbers ({worst:.0e} of the largest)"
+        windows = _probe(packed, texts).windows
+        return _window_problem(trial, packed, max((each for each in windows if each), default=0))
+    except Exception as error:  # another way may do: its last layer may not take a part of the tokens
+        return f"several texts in one row raise {error_text(error)}"
 
 
 def _candidates(trial: Trial, texts: Sequence[Chunk]) -> Iterator[PackedForward]:
@@ -181,18 +192,16 @@ def _rounding(pipe: Pipe) -> float:
     return _ROUNDING if single else _HALF_ROUNDING
 
 
-def _check_window(trial: Trial, packed: PackedForward, window: int) -> None:
-    """Raise `_Refused` where a text that is longer than a layer's window has other numbers."""
-    if not window or window > _LONGEST_WINDOW:
-        return
-    example = _prepared(trial, window + 1)
-    if example is None:  # no text may be so long
-        return
+def _window_problem(trial: Trial, packed: PackedForward, window: int) -> str:
+    """Why a text that is longer than a layer's window is not right; empty: it is, or none may be so long."""
+    if not window or window > _LONGEST_WINDOW or (example := _prepared(trial, window + 1)) is None:
+        return ""
     chunk = example.chunks[0]
     wanted = [_numbers(trial, trial.pipe.forward(dict(chunk)), chunk)]
     worst = _difference(trial, packed, [chunk], wanted)
     if worst > _rounding(trial.pipe):
-        raise _Refused(f"texts longer than its window have other numbers ({worst:.0e} of the largest)")
+        return f"texts longer than its window have other numbers ({worst:.0e} of the largest)"
+    return ""
 
 
 def _check_long_row(

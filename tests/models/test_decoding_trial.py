@@ -1,6 +1,5 @@
 """Which models generate many sequences in one step is found by trying them."""
 
-import types
 from typing import Any
 
 import pytest
@@ -53,9 +52,7 @@ def pipeline_of(family: str, config: dict[str, Any]) -> Any:
     torch.manual_seed(3)
     settings = getattr(transformers, f"{family}Config")(**{**COMMON, **config})
     model = transformers.AutoModelForCausalLM.from_config(settings).eval()
-    return types.SimpleNamespace(
-        model=model, device=torch.device("cpu"), tokenizer=tokenizer(), task="text-generation"
-    )
+    return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
 
 
 @pytest.mark.parametrize("family", TAKEN)
@@ -82,3 +79,17 @@ def test_layout_says_so() -> None:
 def test_shortcuts_off_runs_in_groups() -> None:
     model = build_pipeline_model(tiny("text-generation"), shortcuts=False)
     assert (model.decoder, model.limits.layout) == (None, (False, "shortcuts=False"))
+
+
+def test_pipeline_that_calls_generate_otherwise() -> None:
+    """A pipeline of one's own whose forward takes no further arguments runs in groups."""
+
+    class Own(transformers.TextGenerationPipeline):
+        def _forward(self, model_inputs: Any, max_new_tokens: int = 3, do_sample: bool = False) -> Any:
+            return super()._forward(model_inputs, max_new_tokens=max_new_tokens, do_sample=do_sample)
+
+    given = tiny("text-generation")
+    pipe = Own(model=given.model, tokenizer=given.tokenizer, task="text-generation", device="cpu")
+    decoder, reason = make_decoder(pipe)
+    assert decoder is None
+    assert "TypeError" in reason

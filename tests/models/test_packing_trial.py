@@ -154,3 +154,43 @@ def test_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_trial, "_seconds", lambda work: (work(), next(seconds))[1])
     layout = build_pipeline_model(tiny("text-classification")).limits.layout
     assert layout == (True, "packed steps were 1.5 times as fast as padded ones when tried")
+
+
+@pytest.mark.usefixtures("packs")
+def test_cut_that_does_not_fit_is_not_taken() -> None:
+    """A last layer that needs all tokens computes all of them; what is read is taken from its output."""
+    pipe = fresh("text-classification")
+    layer = pipe.model.bert.encoder.layer[-1]
+
+    class Rows(torch.nn.LayerNorm):
+        """Needs as many rows as the embeddings have."""
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            if hidden.shape[1] != seen[-1]:
+                raise ValueError(f"{hidden.shape[1]} rows")
+            return super().forward(hidden)
+
+    class Embeddings(type(pipe.model.bert.embeddings)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().forward(*args, **kwargs)
+            seen.append(made.shape[1])
+            return made
+
+    seen: list[int] = []
+    pipe.model.bert.embeddings.__class__ = Embeddings
+    layer.output.LayerNorm.__class__ = Rows
+    model = in_one_batch(pipe)
+    assert model.limits.layout.packed, model.limits.layout.reason
+    assert model.stepper.packed is not None
+    assert model.stepper.packed.last_layer is not None
+    assert not model.stepper.packed.last_layer.cuts
+
+
+def test_error_in_the_trial_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(packing_trial, "_gain", fails)
+    model = build_pipeline_model(fresh("text-classification"))
+    assert "ZeroDivisionError" in model.limits.layout.reason
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.pipe.model.modules())
