@@ -498,7 +498,7 @@ def _is_alive(item: Item) -> bool:
 
 
 def _dropped(drop: Drop, retry_after_s: float | None) -> ServingError:
-    """What the client of an item is told that was admitted and never ran."""
+    """What the client of an admitted item is told that gets no answer for lack of time."""
     error: ServingError
     if drop is Drop.EXPIRED:
         error = DeadlineExceeded("the request's time was up before the model was free")
