@@ -45,8 +45,13 @@ def minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-@cache
 def tokenizer() -> Any:
+    """A tokenizer of the caller's own: pipelines change the one that they are given."""
+    return copy.deepcopy(_tokenizer())
+
+
+@cache
+def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(minilm_folder())
@@ -73,9 +78,7 @@ def tiny(task: str) -> Any:
         )
         model = transformers.GPT2LMHeadModel(config).eval()
         model.generation_config.eos_token_id = None
-        own = copy.deepcopy(words)
-        own.padding_side = "left"
-        return pipeline(task, model=model, tokenizer=own, device="cpu")
+        return pipeline(task, model=model, tokenizer=words, device="cpu")
     labels = LABELS.get(task, [])
     config = BertConfig(
         vocab_size=len(words),
@@ -160,7 +163,7 @@ def example(task: str, words: int) -> str:
     """A text of about so many words, with a mask where the task wants one."""
     text = " ".join(["the river runs past an old stone house in paris"] * (words // 10 + 1)).split()[:words]
     if task == "fill-mask":
-        text[words // 2] = tokenizer().mask_token
+        text[words // 2] = _tokenizer().mask_token
     return " ".join(text)
 
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from serving_kit.errors import InputRejected, error_text
+from serving_kit.errors import error_text
 from serving_kit.model import PADDED, Layout
 from serving_kit.models.last_layer import find_last_layer
 from serving_kit.models.packed import PackedForward, Reads, Texts
 from serving_kit.models.packed_attention import Row
+from serving_kit.models.padding_trial import difference, numbers, rounding
 from serving_kit.models.pipes import Chunk, Output, Pipe, tokenizer_of, width
 from serving_kit.models.preparing import Preparer, Tokenised
 from serving_kit.models.stepping import Stepper
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _REPEATS = (1, 7, 2, 2, 4)  # of the example, for texts of several lengths, two of them equal
 _LONGEST_WINDOW, _MORE_THAN_A_TABLE = 1_000, 514  # tokens
-_ROUNDING, _HALF_ROUNDING = 1e-4, 3e-2  # of the largest number; in single precision the difference is 1e-6
 _NOISE = 1.03  # times as long as padded: not slower
 _TRIES, _TRIAL_S = 3, 0.3
 
@@ -88,16 +88,7 @@ def _texts(trial: Trial) -> list[Chunk]:
 
 def _inputs(trial: Trial) -> list[Tokenised]:
     """Inputs of several lengths, without those that are too long for the model."""
-    return [each for times in _REPEATS if (each := _prepared(trial, times)) is not None]
-
-
-def _prepared(trial: Trial, times: int) -> Tokenised | None:
-    """The example, so many times as long; None: the model does not take it."""
-    example = trial.preparer.steps.example(trial.pipe)
-    try:
-        return trial.preparer.prepare(str(example.value) * times, example.parameters).payload
-    except InputRejected:
-        return None
+    return [each for times in _REPEATS if (each := trial.preparer.example(times)) is not None]
 
 
 def _exact(trial: Trial, texts: Sequence[Chunk], alone: Sequence[torch.Tensor]) -> PackedForward:
@@ -122,7 +113,7 @@ def _problem(
     """Why this way of packing is not right; empty: it is."""
     try:
         worst = _difference(trial, packed, texts, alone)
-        if worst > _rounding(trial.pipe):
+        if worst > rounding(trial.pipe):
             return f"texts in one row have other numbers ({worst:.0e} of the largest)"
         windows = _probe(packed, texts).windows
         return _window_problem(trial, packed, max((each for each in windows if each), default=0))
@@ -169,37 +160,28 @@ def _difference(
     """The largest difference of a text in the row, as a share of its largest number."""
     worst = 0.0
     for chunk, output, right in zip(texts, packed.outputs(texts, {}), wanted, strict=True):
-        given = _numbers(trial, output, chunk)
-        if given.shape != right.shape:
-            return float("inf")
-        difference = float((given - right).abs().max() / right.abs().max().clamp_min(1e-30))
-        worst = max(worst, difference if difference == difference else float("inf"))
+        worst = max(worst, difference(_numbers(trial, output, chunk), right))
     return worst
 
 
 def _numbers(trial: Trial, output: Output, chunk: Chunk) -> torch.Tensor:
     """What the pipeline reads of an output."""
-    numbers: torch.Tensor = output["logits"] if "logits" in output else output[0]
+    given = numbers(output)
     if trial.reads is Reads.MASKS:
         masks = chunk["input_ids"][0] == tokenizer_of(trial.pipe).mask_token_id
-        rows = numbers[0]
-        return (rows if rows.shape[0] == int(masks.sum()) else rows[masks]).float()
-    return numbers.float()
-
-
-def _rounding(pipe: Pipe) -> float:
-    single = all(each.element_size() >= 4 for each in pipe.model.parameters() if each.is_floating_point())
-    return _ROUNDING if single else _HALF_ROUNDING
+        rows = given[0]
+        return rows if rows.shape[0] == int(masks.sum()) else rows[masks]
+    return given
 
 
 def _window_problem(trial: Trial, packed: PackedForward, window: int) -> str:
     """Why a text that is longer than a layer's window is not right; empty: it is, or none may be so long."""
-    if not window or window > _LONGEST_WINDOW or (example := _prepared(trial, window + 1)) is None:
+    if not window or window > _LONGEST_WINDOW or (example := trial.preparer.example(window + 1)) is None:
         return ""
     chunk = example.chunks[0]
     wanted = [_numbers(trial, trial.pipe.forward(dict(chunk)), chunk)]
     worst = _difference(trial, packed, [chunk], wanted)
-    if worst > _rounding(trial.pipe):
+    if worst > rounding(trial.pipe):
         return f"texts longer than its window have other numbers ({worst:.0e} of the largest)"
     return ""
 
@@ -210,7 +192,7 @@ def _check_long_row(
     """Raise where a row that is longer than a table of positions has other numbers."""
     times = -(-_MORE_THAN_A_TABLE // sum(width(chunk) for chunk in texts))
     worst = _difference(trial, packed, list(texts) * times, list(alone) * times)
-    if worst > _rounding(trial.pipe):
+    if worst > rounding(trial.pipe):
         raise _Refused(f"texts in a long row have other numbers ({worst:.0e} of the largest)")
 
 

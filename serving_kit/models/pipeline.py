@@ -187,7 +187,7 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     stepper = make_stepper(pipe, chunked=chunked, batches=not obstacle)
     preparer = Preparer(pipe, task, steps, chunked, max_tokens)
     chosen = choose_shortcuts(pipe, preparer, stepper, obstacle, shortcuts=shortcuts)
-    limit = Limit(1, obstacle) if obstacle and chosen.decoder is None else None
+    limit = Limit(1, chosen.obstacle) if chosen.obstacle and chosen.decoder is None else None
     return PipelineModel(
         name or short_name(str(getattr(given.model, "name_or_path", "") or type(given.model).__name__)),
         pipe,

@@ -88,6 +88,14 @@ class Preparer:
             (key, frozenset(chunks[0])),
         )
 
+    def example(self, times: int) -> Tokenised | None:
+        """The task's example, so many times as long; None: the model does not take it."""
+        example = self.steps.example(self.pipe)
+        try:
+            return self.prepare(str(example.value) * times, example.parameters).payload
+        except InputRejected:
+            return None
+
     def _preprocess(
         self, value: object, key: str, parameters: Parameters
     ) -> tuple[SplitParameters, list[Chunk]]:

@@ -20,6 +20,7 @@ from serving_kit.models.decoding import Decoder
 from serving_kit.models.decoding_trial import make_decoder
 from serving_kit.models.fast_linear import use_fast_linear
 from serving_kit.models.packing_trial import Trial, choose_layout
+from serving_kit.models.padding_trial import padded_stepper
 from serving_kit.models.pipes import Pipe
 from serving_kit.models.preparing import Preparer
 from serving_kit.models.shared_weights import structure, with_shared_weights
@@ -38,6 +39,7 @@ class Chosen:
         stepper: Calls the model.
         layout: How a step is laid out, and why so.
         decoder: Calls the model for texts that are generated token by token; None: it does not work so.
+        obstacle: Why several inputs cannot share a padded step; empty: they can.
         structure: Of the given model; None: the model that runs is that one.
         notes: What the owner should know.
     """
@@ -45,6 +47,7 @@ class Chosen:
     stepper: Stepper
     layout: Layout
     decoder: Decoder | None = None
+    obstacle: str = ""
     structure: int | None = None
     notes: Sequence[str] = ()
 
@@ -73,12 +76,15 @@ def choose_shortcuts(
                 "the model is in training mode, so dropout would make its answers vary: call "
                 "pipe.model.eval() first"
             )
-        return Chosen(stepper, PADDED._replace(reason=obstacle or (_NO_MODULES if shortcuts else _OFF)))
+        stepper, problem = padded_stepper(pipe, preparer, stepper)
+        return _padded(stepper, obstacle or problem, _NO_MODULES if shortcuts else _OFF)
     if trains:
         own.eval()
     pipe.model = own  # for the trials
     fast = use_fast_linear(own) if shortcuts else 0
-    chosen = _tried(pipe, preparer, stepper, obstacle) if shortcuts else _padded(stepper, _OFF)
+    stepper, problem = padded_stepper(pipe, preparer, stepper)
+    obstacle = obstacle or problem
+    chosen = _tried(pipe, preparer, stepper, obstacle) if shortcuts else _padded(stepper, obstacle, _OFF)
     if not (trains or fast or chosen.stepper.takes_shortcuts or chosen.decoder):
         pipe.model = given
         return chosen
@@ -91,14 +97,14 @@ def _tried(pipe: Pipe, preparer: Preparer, stepper: Stepper, obstacle: str) -> C
     steps = preparer.steps
     if steps.generates:
         decoder, reason = make_decoder(pipe)
-        return Chosen(stepper, Layout(decoder is not None, reason), decoder)
+        return Chosen(stepper, Layout(decoder is not None, reason), decoder, obstacle)
     if stepper.collate is not None:
         stepper = replace(stepper, shortcut=steps.shortcut(pipe, stepper.collate))
     if obstacle or steps.reads is None:
-        return _padded(stepper, obstacle or _NOT_PACKED)
+        return _padded(stepper, obstacle, _NOT_PACKED)
     packed, layout = choose_layout(Trial(pipe, steps.reads, preparer, stepper))
     return Chosen(replace(stepper, packed=packed), layout)
 
 
-def _padded(stepper: Stepper, reason: str) -> Chosen:
-    return Chosen(stepper, PADDED._replace(reason=reason))
+def _padded(stepper: Stepper, obstacle: str, reason: str) -> Chosen:
+    return Chosen(stepper, PADDED._replace(reason=obstacle or reason), obstacle=obstacle)

@@ -1,6 +1,5 @@
 """Which models are packed is found by trying them: numbers first, then time."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -55,7 +54,7 @@ HEADS = {
 def pipeline_of(family: str, task: str, config: dict[str, Any]) -> Any:
     """A pipeline of one family with random weights."""
     torch.manual_seed(5)
-    words = copy.deepcopy(tokenizer())
+    words = tokenizer()
     if config.get("pad_token_id") == 1:
         words.pad_token = words.convert_ids_to_tokens(1)
     labels = dict(enumerate(LABELS.get(task, ["a", "b"])))
@@ -96,11 +95,11 @@ def test_attention_of_its_own_is_padded(family: str, task: str) -> None:
 
 @pytest.mark.usefixtures("packs")
 def test_other_numbers_are_padded() -> None:
-    """A head that looks at the whole row."""
+    """A head that looks at the first token of the row."""
 
     class Head(torch.nn.Linear):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return super().forward(hidden + hidden.mean(dim=1, keepdim=True))
+            return super().forward(hidden + hidden[:, :1])
 
     pipe = fresh("token-classification")
     pipe.model.classifier = Head(32, pipe.model.config.num_labels)

@@ -59,7 +59,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 @cache
 def words() -> Any:
     """A tokenizer that knows of no limit, as those of many fine-tuned models."""
-    own = copy.deepcopy(tokenizer())
+    own = tokenizer()
     own.model_max_length = int(1e30)
     own.model_input_names = ["input_ids", "attention_mask"]
     return own

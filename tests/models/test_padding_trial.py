@@ -1,0 +1,91 @@
+"""Padded steps give the answers of each text alone, whatever side the tokenizer says."""
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import transformers
+
+from serving_kit.models.pipeline import build_pipeline_model
+from tests.support_models import LABELS, LENGTHS, answers, assert_same, example, fresh, plain, tokenizer
+
+ENCODERS = ["fill-mask", "feature-extraction", *LABELS]
+PARAMETERS: dict[str, dict[str, Any]] = {"zero-shot-classification": {"candidate_labels": ["travel", "war"]}}
+
+
+def check_answers(pipe: Any, task: str) -> Any:
+    """The model, whose answers for texts of several lengths are those for each alone."""
+    model = build_pipeline_model(pipe, shortcuts=False)
+    texts, parameters = [example(task, words) for words in LENGTHS], PARAMETERS.get(task, {})
+    assert_same(answers(model, texts, parameters), [plain(pipe(text, **parameters)) for text in texts])
+    return model
+
+
+@pytest.mark.parametrize("task", ENCODERS)
+def test_tokenizer_of_text_generation_is_served(task: str) -> None:
+    """`pipeline("text-generation")` sets its tokenizer's side to left."""
+    pipe = fresh(task)
+    pipe.tokenizer.padding_side = "left"
+    model = check_answers(pipe, task)
+    assert model.limits.max_batch_size is None
+    assert pipe.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decoder_that_classifies(side: str) -> None:
+    torch.manual_seed(3)
+    words = tokenizer()
+    words.padding_side = side
+    config = transformers.GPT2Config(
+        vocab_size=len(words), n_positions=128, n_embd=32, n_layer=2, n_head=2, pad_token_id=0, num_labels=3
+    )
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    pipe = transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu")
+    assert check_answers(pipe, "text-classification").limits.max_batch_size is None
+
+
+def test_model_that_reads_the_last_row_is_padded_on_the_left() -> None:
+    class Last(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden[:, -1]
+
+    pipe = fresh("text-classification")
+    pipe.model.bert.pooler = Last()
+    pipe.model.bert.embeddings.position_embeddings.weight.data.zero_()
+    model = check_answers(pipe, "text-classification")
+    assert model.limits.max_batch_size is None
+    assert (model.pipe.tokenizer.padding_side, pipe.tokenizer.padding_side) == ("left", "right")
+
+
+def test_output_that_the_library_cannot_cut_up_gets_one_text_in_a_step() -> None:
+    """XLNet returns a memory for each layer, here for one; the library takes one for each text."""
+    torch.manual_seed(3)
+    words = tokenizer()
+    config = transformers.XLNetConfig(vocab_size=len(words), d_model=32, n_layer=1, n_head=2, d_inner=64)
+    model = transformers.XLNetForSequenceClassification(config).eval()
+    pipe = transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu")
+    limit = check_answers(pipe, "text-classification").limits.max_batch_size
+    assert limit is not None
+    assert (limit.value, "raise IndexError" in limit.reason) == (1, True)
+
+
+def test_model_without_a_mask_gets_one_text_in_a_step() -> None:
+    class Head(torch.nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden + hidden.mean(dim=1, keepdim=True))
+
+    pipe = fresh("token-classification")
+    pipe.model.classifier = Head(32, pipe.model.config.num_labels)
+    limit = check_answers(pipe, "token-classification").limits.max_batch_size
+    assert limit is not None
+    assert (limit.value, "where the text is padded" in limit.reason) == (1, True)
+
+
+def test_model_that_raises_in_the_trial_is_left_as_it_is() -> None:
+    pipe = fresh("text-classification")
+    pipe.model.register_forward_pre_hook(lambda *_: 1 / 0)
+    pipe.tokenizer.padding_side = "left"
+    model = build_pipeline_model(pipe, shortcuts=False)
+    assert (model.limits.max_batch_size, model.pipe.tokenizer.padding_side) == (None, "left")
