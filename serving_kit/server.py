@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from serving_kit.settings import Knobs, Settings, with_knobs
 from serving_kit.spec import ServeSpec
 from serving_kit.stats_json import stats_json
 from serving_kit.status import ServerStatus, State
+from serving_kit.text_stream import TextStream
 from serving_kit.values import as_python
 
 # Kept on `sys`, so that reloading this module (%autoreload) does not lose track of what runs.
@@ -88,6 +90,38 @@ class Server:
         refuse_circle(self._service, threading.current_thread())
         with _explained(self):
             return await asyncio.wrap_future(self._inline.submit(_ask(self._service, inputs, parameters)))
+
+    def stream(self, prompt: str | list[dict[str, str]], **parameters: Any) -> TextStream:
+        """The pieces of a generated text as they come, for `for` and `async for`.
+
+            for piece in server.stream("Once upon a time", max_new_tokens=50):
+                print(piece, end="")
+
+        A model that generates in groups gives no pieces: the loop ends without any.
+
+        Args:
+            prompt: A text, or the messages of a chat.
+            parameters: As for the pipeline.
+
+        Returns:
+            An iterator that raises as `server(...)` does. Leave it early with `close()`.
+        """
+        return TextStream(
+            self._service, self._inline, functools.partial(_explained, self), prompt, parameters
+        )
+
+    def chat(self, messages: list[dict[str, str]], **parameters: Any) -> str:
+        """The model's reply to messages, by the chat template of its tokenizer.
+
+        Args:
+            messages: The first is the oldest; each has a role and a content.
+            parameters: As for the pipeline.
+
+        Raises:
+            ServingError: as `server(...)` does; InputRejected if the model has no chat template.
+        """
+        ((answer,),) = self([messages], **{**parameters, "return_full_text": False})
+        return str(answer["generated_text"])
 
     # -- tuning and looking ----------------------------------------------------------------------
 

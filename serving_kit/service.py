@@ -15,7 +15,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -326,7 +326,7 @@ class Service:
 
     async def stream(
         self, value: object, parameters: Mapping[str, object], ticket: Ticket, stream_timeout_s: float
-    ) -> AsyncIterator[Chunk | Done]:
+    ) -> AsyncGenerator[Chunk | Done, None]:
         """The answer to one input in pieces: `Chunk`s as they come, then `Done`.
 
         Closing the iterator cancels the item. Raises as `predict` does, also after some chunks.

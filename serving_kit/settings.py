@@ -36,6 +36,7 @@ class Knobs(TypedDict, total=False):
     max_batch_tokens: int | Auto
     max_queue_size: int
     timeout_ms: float
+    stream_timeout_ms: float
     group_by_length: bool
     drop_hopeless: bool
     overload_status: int
@@ -102,6 +103,16 @@ class Settings:
             doc="arrival to answer; a client may ask for less (X-Request-Timeout-Ms), never for more",
         )
     )
+    stream_timeout_ms: float = _knob(
+        Number(
+            1,
+            86_400_000,
+            default=300_000.0,
+            unit="ms",
+            owner="engine",
+            doc="arrival to the end of a stream, whose first chunk is bounded by timeout_ms",
+        )
+    )
     group_by_length: bool = _knob(
         Flag(
             default=True,
@@ -161,6 +172,11 @@ class Settings:
     def timeout_s(self) -> float:
         """`timeout_ms` in seconds."""
         return self.timeout_ms / 1000
+
+    @property
+    def stream_timeout_s(self) -> float:
+        """`stream_timeout_ms` in seconds."""
+        return self.stream_timeout_ms / 1000
 
     def replace(self, /, **changes: Unpack[Knobs]) -> Settings:
         """A copy with some knobs changed; `self` stays as it is.

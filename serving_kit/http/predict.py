@@ -9,6 +9,7 @@ Not here: shapes of bodies (`dialects/`), what happens to a request (`service.py
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 
@@ -19,10 +20,11 @@ from serving_kit.http import openapi
 from serving_kit.http.access import Headers
 from serving_kit.http.bodies import read_body
 from serving_kit.http.client_watch import ClientWatch
-from serving_kit.http.dialects.base import DecodedRequest, Dialect, Prediction
+from serving_kit.http.dialects.base import DecodedRequest, Dialect, Prediction, StreamFormat, Streaming
 from serving_kit.http.endpoints import REQUEST_ID, SERVICE, Endpoint
 from serving_kit.http.openapi import Subject
-from serving_kit.service import Service
+from serving_kit.http.problems import error_problem
+from serving_kit.service import Service, Ticket
 
 _DECIMAL = re.compile(rb"[0-9]{1,15}(\.[0-9]{1,15})?")
 _TIMEOUT_HEADER: openapi.Schema = {
@@ -59,11 +61,52 @@ class Predict:
                 )
                 watch.body_arrived()
                 prediction, request = decode_body(self._predictions, body, headers, service.task)
+                if request.stream and prediction.streaming is not None:
+                    await _send_stream(prediction.streaming, request, ticket, send)
+                    return
                 answers = await service.predict(request.values, request.parameters, ticket)
                 answer = await prediction.encode(request, answers, service.task)
         head = [(b"content-length", b"%d" % len(answer)), (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         await send({"type": "http.response.body", "body": answer})
+
+
+async def _send_stream(streaming: Streaming, request: DecodedRequest, ticket: Ticket, send: Send) -> None:
+    """Send the answer to the one value of a request in frames.
+
+    The head waits for the first frame, so that a request that is refused gets the status of that. An error
+    behind it is the last frame.
+
+    Raises:
+        ServingError: as `Service.stream`.
+    """
+    service, write = ticket.service, streaming.format
+    events = service.stream(request.values[0], request.parameters, ticket, service.settings.stream_timeout_s)
+    started = False
+    async with contextlib.aclosing(events):
+        try:
+            async for document in streaming.documents(request, events, service.task):
+                frame = write.frame(document)
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": _head(write)})
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        except Exception as error:
+            if started:
+                problem = error_problem(error, ticket.request_id, service)
+                last = write.frame(streaming.error(problem)[0])
+                await send({"type": "http.response.body", "body": last})
+            raise
+    await send({"type": "http.response.body", "body": write.end})
+
+
+def _head(streamed: StreamFormat) -> list[tuple[bytes, bytes]]:
+    """Headers of a stream, which no proxy is to keep or to collect."""
+    return [
+        (b"content-type", streamed.content_type.encode()),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
 
 
 def decode_body(

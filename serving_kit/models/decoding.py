@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from serving_kit.model import Done, Failed, More, Part, Prepared, StepResult, Work
 from serving_kit.models import generating
@@ -23,6 +23,7 @@ from serving_kit.models.cached_attention import Segment, cached_attention
 from serving_kit.models.generating import Generating
 from serving_kit.models.pipes import Pipe
 from serving_kit.models.preparing import Tokenised
+from serving_kit.models.text_pieces import Piece
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,15 @@ class Decoder:
     def begin(self, prepared: Prepared[Tokenised]) -> Prepared[Tokenised]:
         """The same input as a sequence; unchanged where a call asks for a search or several texts."""
         tokenised = prepared.payload
-        sequence = generating.begin(self._pipe, tokenised.chunks[0], tokenised.split.forward)
+        asked = tokenised.parameters
+        seed = cast("int | None", asked.get("seed"))
+        sequence = generating.begin(
+            self._pipe,
+            tokenised.chunks[0],
+            tokenised.split.forward,
+            seed=seed,
+            details=bool(asked.get("details")),
+        )
         if sequence is None:
             return prepared
         return Prepared(replace(tokenised, sequence=sequence), prepared.work, _KEY)
@@ -88,9 +97,17 @@ def _advance(part: Part, logits: torch.Tensor) -> StepResult:
     try:
         sequence.take(logits)
         ended = sequence.has_ended()
-        piece = sequence.pieces.next(sequence.ids, last=ended) if part.streamed else ""
+        piece = _piece(sequence, last=ended) if part.streamed else None
         if ended:
-            return Done(generating.output(sequence, payload.chunks[0]), piece or None)
+            return Done(generating.output(sequence, payload.chunks[0]), piece)
     except Exception as error:
         return Failed(error)
-    return More(piece or None, Work(context_tokens=sequence.cache.length))
+    return More(piece, Work(context_tokens=sequence.cache.length))
+
+
+def _piece(sequence: Generating, *, last: bool) -> Piece | None:
+    """The text that the last token has completed; None: none."""
+    text = sequence.pieces.next(sequence.ids, last=last)
+    if not text:
+        return None
+    return Piece(text, sequence.ids[-1], sequence.logprobs[-1] if sequence.logprobs else None)

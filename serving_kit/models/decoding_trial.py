@@ -76,7 +76,7 @@ def _sequence(pipe: Pipe, length: int) -> Generating:
     words = pipe.model.config.get_text_config().vocab_size
     ids = [(7 * n * n + 5 * length + 3) % words for n in range(length)]
     return Generating(
-        ids, length, Rules((), (), False, None, frozenset(), True), TextPieces(tokenizer_of(pipe), ids)
+        ids, length, Rules((), (), False, None, frozenset(), True), TextPieces(tokenizer_of(pipe), length)
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from serving_kit.models.generated import EOS_TOKEN, LENGTH, STOP_SEQUENCE, Generated
 from serving_kit.models.pipes import Chunk, Output, Parameters, Pipe, tokenizer_of
 from serving_kit.models.sequence_cache import SequenceCache
 from serving_kit.models.text_pieces import TextPieces
@@ -34,6 +35,7 @@ class Generating:
         cache: Of the tokens that the model has seen.
         random: Its own random numbers; None: it takes the most likely token.
         pieces: Decodes its text as it grows.
+        logprobs: Of the generated tokens, natural logarithms; None: they are not asked for.
     """
 
     ids: list[int]
@@ -42,6 +44,7 @@ class Generating:
     pieces: TextPieces
     cache: SequenceCache = field(default_factory=SequenceCache)
     random: torch.Generator | None = None
+    logprobs: list[float] | None = None
 
     @property
     def unseen(self) -> list[int]:
@@ -59,8 +62,17 @@ class Generating:
         else:
             odds = torch.nn.functional.softmax(logits.float(), dim=-1)
             token = int(torch.multinomial(odds, 1, generator=self.random))
+        if self.logprobs is not None:
+            self.logprobs.append(float(torch.log_softmax(logits[0].float(), dim=-1)[token]))
         self.ids.append(token)
         return token
+
+    def finish_reason(self) -> str:
+        """Why a text has ended, in the words of text-generation-inference."""
+        if self.ids[-1] in self.rules.ends:
+            return EOS_TOKEN
+        full = self.rules.most is not None and len(self.ids) >= self.rules.most
+        return LENGTH if full else STOP_SEQUENCE
 
     def has_ended(self) -> bool:
         """Whether a stopping criterion holds after the last token."""
@@ -89,13 +101,17 @@ class Rules:
         return bool(self.criteria(torch.tensor([ids]), None).all())
 
 
-def begin(pipe: Pipe, chunk: Chunk, parameters: Parameters) -> Generating | None:
+def begin(
+    pipe: Pipe, chunk: Chunk, parameters: Parameters, *, seed: int | None = None, details: bool = False
+) -> Generating | None:
     """A sequence for a prompt; None: the call asks for more than one sequence or for a search.
 
     Args:
         pipe: Of text generation.
         chunk: The prompt, as `preprocess` gives it.
         parameters: Of `pipe.forward`.
+        seed: Of its random numbers; None: another one for each sequence.
+        details: Whether the probabilities of its tokens are kept.
 
     Raises:
         Exception: what `generate` raises for the parameters.
@@ -126,8 +142,9 @@ def begin(pipe: Pipe, chunk: Chunk, parameters: Parameters) -> Generating | None
         tokens,
         len(tokens),
         _rules(processors, criteria, config),
-        TextPieces(tokenizer_of(pipe), tokens),
-        random=_random(ids, config),
+        TextPieces(tokenizer_of(pipe), len(tokens)),
+        random=_random(ids, config, seed),
+        logprobs=[] if details else None,
     )
 
 
@@ -150,13 +167,16 @@ def _rules(processors: Any, criteria: Any, config: Any) -> Rules:
     )
 
 
-def _random(ids: torch.Tensor, config: Any) -> torch.Generator | None:
+def _random(ids: torch.Tensor, config: Any, seed: int | None) -> torch.Generator | None:
     import torch
 
     if not config.do_sample:
         return None
     generator = torch.Generator(device=ids.device)
-    generator.seed()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     return generator
 
 
@@ -168,4 +188,10 @@ def output(generating: Generating, chunk: Chunk) -> Output:
         "generated_sequence": torch.tensor([[generating.ids]]),
         "input_ids": chunk["input_ids"],
         "prompt_text": chunk["prompt_text"],
+        "generated": [Generated(*_split(generating), generating.finish_reason(), generating.logprobs)],
     }
+
+
+def _split(generating: Generating) -> tuple[int, list[int]]:
+    """The number of tokens of the prompt, and the tokens behind it."""
+    return generating.prompt, generating.ids[generating.prompt :]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving_kit.errors import InputRejected
 from serving_kit.failures import classify
 from serving_kit.model import (
     EXACT,
@@ -135,7 +136,14 @@ class PipelineModel:
             InputRejected: see `Preparer.prepare`.
         """
         prepared = self.preparer.prepare(value, parameters)
-        return prepared if self.decoder is None else self.decoder.begin(prepared)
+        if self.decoder is not None:
+            prepared = self.decoder.begin(prepared)
+        if "seed" in parameters and prepared.payload.sequence is None:
+            raise InputRejected(
+                "seed is not supported here: the model generates in groups, or the call asks for a search or "
+                "for several texts, so that random numbers are shared"
+            )
+        return prepared
 
     def step(self, parts: Sequence[Part]) -> Sequence[StepResult]:
         """Call the model once on parts of one key. Model thread."""
@@ -149,7 +157,7 @@ class PipelineModel:
         own = steps.own_output(self.pipe, output, given.tokens, given.parameters)
         if self.precision.used == "fast":
             own = in_float32(own)
-        return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), given.parameters)
+        return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), own, given.parameters)
 
     def release(self, prepared: Prepared[Tokenised]) -> None:
         """Give back the cache of a text that is generated. Model thread."""

@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
     mask_token_id: int
     pad_token_id: int | None
     padding_side: str
+    all_special_ids: list[int]
     model_input_names: list[str]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -72,6 +72,8 @@ class Preparer:
         key = json.dumps(parameters, sort_keys=True) if parameters else ""
         if self.task.media is not None:
             value = self.task.media(value)
+        if isinstance(value, list):
+            value = self._chat(value)
         split, chunks = self._preprocess(value, key, parameters)
         if len(chunks) > _MAX_CHUNKS:
             raise InputRejected(f"the input makes {len(chunks)} pieces; the most is {_MAX_CHUNKS}")
@@ -96,6 +98,18 @@ class Preparer:
         except InputRejected:
             return None
 
+    def _chat(self, messages: list[dict[str, object]]) -> object:
+        """Messages as the pipeline takes them.
+
+        Raises:
+            InputRejected: the model has no template for them.
+        """
+        from transformers.pipelines.text_generation import Chat
+
+        if not getattr(self.pipe.tokenizer, "chat_template", None):
+            raise InputRejected("this model has no chat template: send a text instead of messages")
+        return Chat(messages)
+
     def _preprocess(
         self, value: object, key: str, parameters: Parameters
     ) -> tuple[SplitParameters, list[Chunk]]:
@@ -115,8 +129,9 @@ class Preparer:
     def _split(self, key: str, parameters: Parameters) -> SplitParameters:
         """The pipeline's own split, on top of the parameters of its construction."""
         if key not in self._splits:
-            pipe = self.pipe
-            preprocess, forward, postprocess = pipe._sanitize_parameters(**self.task.typed(parameters))
+            pipe, own = self.pipe, self.steps.own_parameters
+            known = {name: value for name, value in self.task.typed(parameters).items() if name not in own}
+            preprocess, forward, postprocess = pipe._sanitize_parameters(**known)
             forward = {**pipe._forward_params, **forward}
             if len(self._splits) >= _PARAMETER_SETS:
                 self._splits.clear()

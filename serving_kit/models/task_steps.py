@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from serving_kit.errors import InputRejected
 from serving_kit.model import Input
+from serving_kit.models import generated
 from serving_kit.models.mask_head import mask_head
 from serving_kit.models.packed import Reads
 from serving_kit.models.pipes import Chunk, Collate, Output, Parameters, Pipe, Runner, tokenizer_of
@@ -40,6 +41,7 @@ class TaskSteps:
     timed = True  # whether the time of a short example says what a batch costs
     reads: Reads | None = None  # of the encoder's output; None: the task is not packed
     generates = False  # whether the output is made token by token
+    own_parameters: frozenset[str] = frozenset()  # of requests, which the pipeline does not know
     needs_config_pad_token = False  # whether the model finds the end of each text by `config.pad_token_id`
 
     def example(self, pipe: Pipe) -> Input:
@@ -72,11 +74,12 @@ class TaskSteps:
         """
         return output
 
-    def answer(self, answer: object, parameters: Parameters) -> object:
+    def answer(self, answer: object, output: Output, parameters: Parameters) -> object:
         """What `pipe(value)` gives, made of what `pipe.postprocess` gives.
 
         Args:
             answer: Of `pipe.postprocess`.
+            output: Of `own_output`.
             parameters: As the client set them.
         """
         return answer
@@ -110,7 +113,7 @@ class TextClassification(TaskSteps):
     reads = Reads.FIRST
     needs_config_pad_token = True
 
-    def answer(self, answer: object, parameters: Parameters) -> object:
+    def answer(self, answer: object, output: Output, parameters: Parameters) -> object:
         """Put the list level back."""
         return answer if "top_k" in parameters else [answer]
 
@@ -148,7 +151,7 @@ class FeatureExtraction(TaskSteps):
             return (features,)
         return (pooled(features, str(pooling or "none"), normalize=bool(parameters.get("normalize"))),)
 
-    def answer(self, answer: object, parameters: Parameters) -> object:
+    def answer(self, answer: object, output: Output, parameters: Parameters) -> object:
         """One vector instead of a list of vectors, where they are pooled."""
         return cast("list[list[object]]", answer)[0][0] if parameters.get("pooling") else answer
 
@@ -158,10 +161,27 @@ class TextGeneration(TaskSteps):
 
     timed = False  # a call's cost is in the tokens that it generates
     generates = True
+    own_parameters = frozenset({"details", "seed"})
 
     def example(self, pipe: Pipe) -> Input:
         """One new token."""
         return Input("a word ", {"max_new_tokens": 1})
+
+    def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
+        """With `details` where they are asked for."""
+        if not parameters.get("details"):
+            return output
+        most = self.new_tokens(pipe, {**pipe._forward_params, **_generation(parameters)}).most
+        seed = cast("int | None", parameters.get("seed"))
+        found = [generated.details(pipe, each, seed) for each in generated.of_output(pipe, output, most)]
+        return {**output, "details": found}
+
+    def answer(self, answer: object, output: Output, parameters: Parameters) -> object:
+        """Each text with its `details` where they are asked for."""
+        if not parameters.get("details"):
+            return answer
+        texts = cast("list[dict[str, object]]", answer)
+        return [{**text, "details": each} for text, each in zip(texts, output["details"], strict=True)]
 
     def new_tokens(self, pipe: Pipe, parameters: Parameters) -> NewTokens:
         """Read the generation config as `generate` will; an error has its own text."""
@@ -178,6 +198,11 @@ class TextGeneration(TaskSteps):
             # `generate` would count it from the longest input of a batch. Each input gets its own number.
             return NewTokens(config.max_length, least, config.max_length)
         return NewTokens(config.max_new_tokens or 0, least)
+
+
+def _generation(parameters: Parameters) -> Parameters:
+    """Those of `generate` that bound the new tokens."""
+    return {name: parameters[name] for name in ("max_new_tokens", "min_new_tokens") if name in parameters}
 
 
 _PLAIN = TaskSteps()

@@ -61,6 +61,8 @@ class Task:
         if fits and self.members and isinstance(value, dict):
             known = self.members[0] in value and value.keys() <= set(self.members)
             fits = known and all(isinstance(each, str) for each in value.values())
+        if isinstance(value, list):
+            fits = fits and bool(value) and all(map(_is_message, value))
         if not fits:
             raise MalformedRequest(f"inputs must be {self.inputs}, got {shown(value)}")
 
@@ -83,6 +85,11 @@ class Task:
         return {name: self.parameters[name].typed(value) for name, value in given.items()}
 
 
+def _is_message(value: object) -> bool:
+    """Whether a value is a message of a chat whose content is text."""
+    return isinstance(value, dict) and all(isinstance(value.get(each), str) for each in ("role", "content"))
+
+
 _TOKENS = Whole(1, 1_000_000)
 _TRUNCATION: Mapping[str, Spec] = {"truncation": Flag(), "max_length": _TOKENS}
 _GENERATION: Mapping[str, Spec] = {
@@ -103,6 +110,8 @@ _GENERATION: Mapping[str, Spec] = {
     "return_full_text": Flag(),
     "stop_sequence": Texts(high=8, or_one=True),
     "truncation": Flag(),
+    "details": Flag(),
+    "seed": Whole(0, 2**63 - 1),
 }
 
 _CLASSES: Mapping[str, Spec] = {
@@ -152,7 +161,12 @@ TASKS: Mapping[str, Task] = {
             "normalize": Flag(),
         },
     ),
-    "text-generation": Task("TextGenerationPipeline", _GENERATION),
+    "text-generation": Task(
+        "TextGenerationPipeline",
+        _GENERATION,
+        inputs="a string, or a list of messages with role and content",
+        takes=(str, list),
+    ),
     "text-to-audio": Task("TextToAudioPipeline", batches=False),
     "image-classification": Task(
         "ImageClassificationPipeline", _CLASSES, takes=(object,), batches=False, media=media.image

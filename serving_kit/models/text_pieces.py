@@ -2,7 +2,8 @@
 
 A token may be part of a character, and the space before a word may depend on the word before it. So pieces
 are differences of two decoded texts, and an unfinished character is kept back. The window slides, so that a
-piece costs the same late in a text as early (the way of vLLM and of `TextStreamer`).
+piece costs the same late in a text as early (the way of vLLM and of `TextStreamer`). The first piece is
+decoded without the prompt, as the pipeline does: joined pieces are its new text.
 
 Not here: the tokens (`generating.py`).
 """
@@ -10,7 +11,7 @@ Not here: the tokens (`generating.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from serving_kit.models.pipes import Tokenizer
@@ -18,21 +19,33 @@ if TYPE_CHECKING:
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
+class Piece(NamedTuple):
+    """Text that has become complete; the chunk of a stream of generated text.
+
+    Attributes:
+        text: Not empty.
+        token: Id of the token that has completed it.
+        logprob: Of that token, a natural logarithm; None: the call does not ask for details.
+    """
+
+    text: str
+    token: int
+    logprob: float | None = None
+
+
 class TextPieces:
     """Decodes one generated text as it grows. Model thread only.
 
     Args:
         tokenizer: Of the model.
-        prompt: Its tokens; their text is not given out.
+        prompt: How many tokens come before the text.
     """
 
     __slots__ = ("_read", "_start", "_tokenizer")
-    _CONTEXT = 6  # tokens before the first piece that may decide about its space
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: int) -> None:
         self._tokenizer = tokenizer
-        self._read = len(prompt)  # tokens whose text was given out
-        self._start = max(0, self._read - self._CONTEXT)
+        self._start = self._read = prompt  # tokens whose text was given out, and where the window begins
 
     def next(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The text that has become complete; empty: none has.

@@ -16,7 +16,7 @@ from serving_kit.errors import MalformedRequest
 from serving_kit.http.access import Access, Headers
 from serving_kit.http.app import build_app
 from serving_kit.http.dialects import DIALECTS
-from serving_kit.http.dialects.base import EVENT_STREAM, DecodedRequest, Dialect, Prediction, json_fragments
+from serving_kit.http.dialects.base import DecodedRequest, Dialect, Prediction, json_fragments
 from serving_kit.http.endpoints import Endpoint
 from serving_kit.http.openapi import OBJECT, TEXT, get
 from serving_kit.http.problems import Problem
@@ -104,7 +104,6 @@ OTHER = Dialect(
             "/v1/shout", "Shout.", "shout", decode, encode, lambda subject: {"application/json": OBJECT}
         ),
     ),
-    stream=EVENT_STREAM,
     error=error_shape,
     endpoints=(
         Endpoint("GET", "/v1/models", models, get("Models.", {"text/plain": TEXT}), error=error_shape),

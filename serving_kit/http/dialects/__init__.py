@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from serving_kit.http.dialects.base import Dialect
 from serving_kit.http.dialects.huggingface import HUGGING_FACE
+from serving_kit.http.dialects.openai import OPENAI
 from serving_kit.http.dialects.raw import RAW
 
-DIALECTS: tuple[Dialect, ...] = (HUGGING_FACE, RAW)
+DIALECTS: tuple[Dialect, ...] = (HUGGING_FACE, RAW, OPENAI)

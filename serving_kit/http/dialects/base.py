@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 
+from serving_kit.events import Chunk, Done
 from serving_kit.http.access import Headers
 from serving_kit.http.endpoints import Endpoint
 from serving_kit.http.openapi import Schema, Subject
@@ -34,11 +36,15 @@ class DecodedRequest:
         values: The inputs, one item each.
         parameters: Call parameters, for all of them.
         many: Whether the client sent a list, and gets one.
+        stream: Whether it takes the answer to its one value in pieces.
+        options: What the dialect itself needs for the answer.
     """
 
     values: list[object]
     parameters: dict[str, object]
     many: bool = False
+    stream: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +72,25 @@ class StreamFormat:
         return self.before + dump_json(document) + self.after
 
 
-NDJSON = StreamFormat("application/x-ndjson", b"", b"\n")
-EVENT_STREAM = StreamFormat(
-    "text/event-stream", b"data: ", b"\n\n"
-)  # one line each: compact JSON has no others
+# One line each: compact JSON has no others.
+EVENT_STREAM = StreamFormat("text/event-stream", b"data: ", b"\n\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """How a dialect writes a stream.
+
+    Attributes:
+        format: Of the body.
+        documents: Request, events of the service, and task to the documents of the frames. Each event gives
+            its documents before the next one is awaited.
+        error: The shape of an error behind the first frame.
+    """
+
+    format: StreamFormat
+    documents: Callable[[DecodedRequest, AsyncIterator[Chunk | Done], str], AsyncIterator[object]]
+    error: ErrorShape = problem_json
+
 
 Decode = Callable[[bytes, Headers, str], DecodedRequest | None]
 Encode = Callable[[DecodedRequest, Sequence[object], str], Awaitable[bytes]]
@@ -89,6 +110,7 @@ class Prediction:
             `ModelFailed` for an answer that cannot be written.
         accepts: The JSON schema of each media type that it takes.
         returns: The JSON schema of the answer.
+        streaming: How a stream is written; None: `decode` never asks for one.
     """
 
     path: str
@@ -98,6 +120,7 @@ class Prediction:
     encode: Encode
     accepts: Callable[[Subject], Mapping[str, Schema]]
     returns: Schema = field(default_factory=dict)
+    streaming: Streaming | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +129,12 @@ class Dialect:
 
     Attributes:
         predictions: The routes that ask the model.
-        stream: How a stream is written.
         error: The shape of an error on its routes. Dialects that share a path share this, too: an error
             may arise before the body is read.
         endpoints: Its other routes.
     """
 
     predictions: tuple[Prediction, ...]
-    stream: StreamFormat
     error: ErrorShape = problem_json
     endpoints: tuple[Endpoint, ...] = ()
 

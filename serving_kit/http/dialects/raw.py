@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from serving_kit.errors import MalformedRequest
 from serving_kit.http.access import Headers
 from serving_kit.http.dialects.base import (
-    NDJSON,
     DecodedRequest,
     Dialect,
     Prediction,
@@ -63,5 +62,5 @@ def _json_string(body: bytes) -> str:
 
 
 RAW = Dialect(
-    predictions=(Prediction("/", "Ask the model.", "predict", decode, encode, accepts),), stream=NDJSON
+    predictions=(Prediction("/", "Ask the model.", "predict", decode, encode, accepts),),
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serving_kit.errors import MalformedRequest
 from serving_kit.http.dialects import DIALECTS
-from serving_kit.http.dialects.base import EVENT_STREAM, NDJSON, json_fragments, media_type
+from serving_kit.http.dialects.base import EVENT_STREAM, json_fragments, media_type
 from serving_kit.http.predict import decode_body
 
 pytestmark = pytest.mark.light
@@ -38,7 +38,6 @@ def test_body_of_no_dialect() -> None:
 
 def test_frames() -> None:
     chunk = {"token": "é\n"}
-    assert NDJSON.frame(chunk) == '{"token":"é\\n"}\n'.encode()
     assert EVENT_STREAM.frame(chunk) == 'data: {"token":"é\\n"}\n\n'.encode()
 
 

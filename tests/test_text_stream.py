@@ -1,0 +1,95 @@
+"""Streams in a cell: `server.stream` for `for` and `async for`, and `server.chat`."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import serving_kit
+from tests.support_models import fresh, tiny
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+MESSAGES = [{"role": "user", "content": "the river"}]
+
+
+@pytest.fixture
+def pipe() -> Any:
+    pipe = fresh("text-generation")
+    pipe.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return pipe
+
+
+@pytest.fixture
+def server(serve: Callable[..., Any], pipe: Any) -> Any:
+    return serve(pipe)
+
+
+def generated(pipe: Any, prompt: Any) -> str:
+    (answer,) = pipe(prompt, return_full_text=False, **GREEDY)
+    return str(answer["generated_text"])
+
+
+def idle(server: Any) -> bool:
+    """Whether it becomes idle within some seconds."""
+    until = time.monotonic() + 10
+    while server.stats()["in_flight"] and time.monotonic() < until:
+        time.sleep(0.01)
+    return not server.stats()["in_flight"]
+
+
+def test_joined_pieces_are_the_new_text(server: Any, pipe: Any) -> None:
+    pieces = list(server.stream("the river", **GREEDY))
+    assert len(pieces) > 2
+    assert "".join(pieces) == generated(pipe, "the river")
+
+
+def test_async_for(server: Any, pipe: Any) -> None:
+    async def main() -> list[str]:
+        return [piece async for piece in server.stream("the river", **GREEDY)]
+
+    assert "".join(asyncio.run(main())) == generated(pipe, "the river")
+
+
+def test_chat(server: Any, pipe: Any) -> None:
+    assert server.chat(MESSAGES, **GREEDY) == generated(pipe, MESSAGES)
+    assert "".join(server.stream(MESSAGES, **GREEDY)) == generated(pipe, MESSAGES)
+
+
+def test_no_chat_template(serve: Callable[..., Any]) -> None:
+    with pytest.raises(serving_kit.InputRejected, match="no chat template"):
+        serve(fresh("text-generation")).chat(MESSAGES)
+
+
+def test_stream_left_early_ends_the_request(server: Any) -> None:
+    with server.stream("a", do_sample=False, max_new_tokens=100) as stream:
+        next(stream)
+    assert idle(server)
+    forgotten = server.stream("a", do_sample=False, max_new_tokens=100)
+    next(forgotten)
+    del forgotten
+    assert idle(server)
+    assert server.stats()["requests"]["cancelled"] == 2
+
+
+def test_stream_that_was_never_begun(server: Any) -> None:
+    server.stream("a").close()
+    assert server.stats()["requests"]["cancelled"] == 0
+
+
+def test_errors_are_those_of_a_call(server: Any) -> None:
+    with pytest.raises(serving_kit.MalformedRequest, match="max_new_tokens must be"):
+        list(server.stream("a", max_new_tokens=0))
+    with pytest.raises(serving_kit.InputRejected, match="this model takes 128 at most"):
+        list(server.stream("a " * 500))
+    server.stop()
+    with pytest.raises(serving_kit.Unavailable):
+        list(server.stream("a"))
+
+
+def test_other_tasks_have_no_streams(serve: Callable[..., Any]) -> None:
+    with pytest.raises(serving_kit.MalformedRequest, match="fill-mask has no streams"):
+        list(serve(tiny("fill-mask")).stream("a [MASK]"))
