@@ -117,7 +117,7 @@ class Ticket:
             outcome = error.outcome
             if error.__cause__ is not None and error.incident is None:  # raised on the way out
                 service.telemetry.incidents.keep(error, error.__cause__)
-        elif isinstance(error, asyncio.CancelledError):
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):  # a stream in a cell is closed
             outcome = Outcome.CANCELLED
         elif error is not None:
             outcome = Outcome.FAILED

@@ -23,6 +23,7 @@ def test_defaults() -> None:
         "max_batch_tokens": "auto",
         "max_queue_size": 256,
         "timeout_ms": 10_000.0,
+        "stream_timeout_ms": 300_000.0,
         "group_by_length": True,
         "drop_hopeless": True,
         "overload_status": 503,

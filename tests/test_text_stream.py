@@ -1,8 +1,12 @@
 """Streams in a cell: `server.stream` for `for` and `async for`, and `server.chat`."""
 
 import asyncio
+import re
+import shlex
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +82,23 @@ def test_stream_left_early_ends_the_request(server: Any) -> None:
 def test_stream_that_was_never_begun(server: Any) -> None:
     server.stream("a").close()
     assert server.stats()["requests"]["cancelled"] == 0
+
+
+def test_document_of_text_generation(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code runs, and its commands get answers."""
+    text = (Path(__file__).parents[1] / "docs" / "text_generation.md").read_text()
+    _, *code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    capsys.readouterr()
+    for block in code:
+        exec(block, {"server": server})
+    assert len(capsys.readouterr().out.split()) > 10
+    commands = re.findall(r"^\$ (curl .*)$", text, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        own = shlex.split(command.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run([*own, "--silent"], capture_output=True, text=True, check=True, timeout=30)
+        assert "error" not in done.stdout
+        assert done.stdout.startswith(("data: ", "{"))
 
 
 def test_errors_are_those_of_a_call(server: Any) -> None:

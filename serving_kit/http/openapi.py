@@ -23,6 +23,7 @@ TEXT: Schema = {"type": "string"}
 OBJECT: Schema = {"type": "object"}
 SETTINGS: Schema = {"$ref": "#/components/schemas/Settings"}
 INCIDENTS: Schema = {"type": "array", "items": {"$ref": "#/components/schemas/Incident"}}
+PROBLEM: Content = {"application/problem+json": {"$ref": "#/components/schemas/Problem"}}
 # The statuses that any request may get, and those of a request whose body is read.
 ACCESS_STATUSES = (401, 403)
 BODY_STATUSES = (400, 401, 403, 408, 413, 422)
@@ -84,17 +85,19 @@ def operation(
     parameters: Iterable[Schema] = (),
     operation_id: str = "",
     owner: bool = False,
+    error_content: Content = PROBLEM,
 ) -> dict[str, object]:
     """One operation object.
 
     Args:
         summary: One sentence.
         answers: What each status of success, or of a state, means, and what is sent with it.
-        errors: The statuses that are sent with a problem document.
+        errors: The statuses of errors.
         body: What the request has to send.
         parameters: Of the query and the head.
         operation_id: For generators of clients.
         owner: Whether it takes the token.
+        error_content: The body of an error.
     """
     described: dict[str, object] = {"summary": summary}
     if operation_id:
@@ -109,15 +112,22 @@ def operation(
         str(status): {"description": text, "content": _content(content)}
         for status, (text, content) in answers.items()
     }
-    described["responses"] = responses | _error_responses(errors)
+    described["responses"] = responses | _error_responses(errors, error_content)
     return described
 
 
 def get(
-    summary: str, content: Content, *, owner: bool = False, parameters: Iterable[Schema] = ()
+    summary: str,
+    content: Content,
+    *,
+    owner: bool = False,
+    parameters: Iterable[Schema] = (),
+    error_content: Content = PROBLEM,
 ) -> Describe:
     """For a route of GET that answers 200 to whoever may ask."""
-    described = operation(summary, {200: (summary, content)}, owner=owner, parameters=parameters)
+    described = operation(
+        summary, {200: (summary, content)}, owner=owner, parameters=parameters, error_content=error_content
+    )
     return lambda subject: described
 
 
@@ -146,8 +156,8 @@ def _content(content: Content) -> dict[str, object]:
     return {kind: {"schema": schema} for kind, schema in content.items()}
 
 
-def _error_responses(statuses: Iterable[int]) -> dict[str, object]:
-    problem = _content({"application/problem+json": {"$ref": "#/components/schemas/Problem"}})
+def _error_responses(statuses: Iterable[int], content: Content) -> dict[str, object]:
+    problem = _content(content)
     return {str(status): {"description": _ERRORS[status], "content": problem} for status in sorted(statuses)}
 
 

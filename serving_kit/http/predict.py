@@ -135,15 +135,20 @@ def prediction_endpoints(dialects: Iterable[Dialect]) -> list[Endpoint]:
 
 def _endpoint(dialect: Dialect, predictions: list[Prediction]) -> Endpoint:
     first = predictions[0]
+    content = dict(openapi.json_content(first.returns))
+    for each in predictions:
+        if each.streaming is not None:
+            content[each.streaming.format.content_type] = openapi.TEXT
 
     def describe(subject: Subject) -> dict[str, object]:
         return openapi.operation(
             first.summary,
-            {200: ("What the pipeline returns.", openapi.json_content(first.returns))},
+            {200: ("What the pipeline returns.", content)},
             openapi.PREDICTION_STATUSES,
             body=openapi.one_of(each.accepts(subject) for each in predictions),
             parameters=[_TIMEOUT_HEADER],
             operation_id=first.operation_id,
+            error_content=dialect.error_content,
         )
 
     return Endpoint("POST", first.path, None, describe, app=Predict(predictions), error=dialect.error)

@@ -22,6 +22,7 @@ from serving_kit.models.last_layer import LastLayer
 from serving_kit.models.mask_head import MaskLogits
 from serving_kit.models.packed_attention import Row, packed_attention
 from serving_kit.models.pipes import Chunk, Output, Parameters, Pipe, tokenizer_of, width
+from serving_kit.models.positions import position_rows
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,9 @@ class PackedForward:
         self.last_layer: LastLayer | None = None
         self._reads = reads
         self._first_position = first_position
+        self._rows = position_rows(pipe)
         self._names = [name for name in tokenizer_of(pipe).model_input_names if name != "attention_mask"]
+        self._padding = tokenizer_of(pipe).pad_token_id
         self._part = _PartOfOutput(pipe.model)
         self._shaper = copy.copy(pipe)  # its `forward` gives an output the shape that `postprocess` takes
         self._shaper.model = cast("torch.nn.Module", self._part)
@@ -80,11 +83,12 @@ class PackedForward:
         output = self.run(texts, row)
         outputs: list[Output] = [None] * len(chunks)
         start = 0
+        logits = output["logits"][0].cpu() if self._reads is Reads.MASKS else None
         for place, (index, length) in enumerate(zip(order, row.lengths, strict=True)):
             if self._reads is Reads.MASKS:
                 end = start + row.counts[place]
-                logits = MaskLogits(output["logits"][0, start:end])
-                outputs[index] = {"input_ids": chunks[index]["input_ids"], "logits": logits}
+                own = MaskLogits(cast("torch.Tensor", logits)[start:end])
+                outputs[index] = {"input_ids": chunks[index]["input_ids"], "logits": own}
             else:
                 end = start + length
                 self._part.output = self._own(output, place, start, end, sum(row.lengths))
@@ -92,6 +96,17 @@ class PackedForward:
             start = end
         self._part.output = None
         return outputs
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether a chunk may be in a row: not with padding, which only a padded step leaves out.
+
+        A model that counts positions behind that of its padding token gives a token of that kind in the text
+        itself no position of its own.
+        """
+        mask = chunk.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            return False
+        return not self._first_position or not bool((chunk["input_ids"] == self._padding).any())
 
     def remove(self) -> None:
         """Take the hooks on the model away."""
@@ -123,7 +138,13 @@ class PackedForward:
             if name in texts.chunks[0]
         }
         if self._first_position is not None:
-            first = self._first_position
+            first, most = self._first_position, max(row.lengths)
+            if (
+                self._rows is not None and first + most > self._rows
+            ):  # an accelerator would not raise, but break
+                raise IndexError(
+                    f"{self._rows} rows of positions are too few for {most} tokens from {first} on"
+                )
             places = torch.cat([torch.arange(first, first + length) for length in row.lengths])
             inputs["position_ids"] = places[None].to(device)
         with torch.inference_mode(), packed_attention(self.pipe.model, row):
@@ -157,9 +178,3 @@ class _PartOfOutput:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def is_padded(chunk: Chunk) -> bool:
-    """Whether a chunk has tokens that are padding, which only a padded step leaves out."""
-    mask = chunk.get("attention_mask")
-    return mask is not None and not bool(mask.all())

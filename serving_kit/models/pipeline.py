@@ -154,7 +154,7 @@ class PipelineModel:
     def finish(self, prepared: Prepared[Tokenised], output: Output) -> object:
         """Turn one output into what `pipe(value)` returns. Model thread."""
         given, steps = prepared.payload, self.steps
-        own = steps.own_output(self.pipe, output, given.tokens, given.parameters)
+        own = steps.own_output(self.pipe, output, given.chunks[0], given.parameters)
         if self.precision.used == "fast":
             own = in_float32(own)
         return steps.answer(self.pipe.postprocess(own, **given.split.postprocess), own, given.parameters)

@@ -32,12 +32,16 @@ _LONGEST_TRIAL, TRIAL_S = 1024, 0.5  # tokens and seconds up to which lengths ar
 
 def most_positions(pipe: Pipe) -> int | None:
     """Tokens that one input may have by the tokenizer, the config and the position tables; None: no limit."""
-    config = getattr(pipe.model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()  # of a model of several parts the text part's
-    declared = _limit(getattr(config, "max_position_embeddings", None))
+    declared = _declared(pipe)
     own = _limit(getattr(getattr(pipe, "tokenizer", None), "model_max_length", None))
-    return min([*own, *declared, *_tables(pipe.model, max(declared, default=0))], default=None)
+    tables = [rows - offset for rows, offset in _tables(pipe.model, max(declared, default=0))]
+    return min([*own, *declared, *tables], default=None)
+
+
+def position_rows(pipe: Pipe) -> int | None:
+    """Rows of the smallest table of positions; None: there is none."""
+    tables = _tables(pipe.model, max(_declared(pipe), default=0))
+    return min((rows for rows, _ in tables), default=None)
 
 
 def answered_positions(pipe: Pipe, chunk: Chunk, most: int | None) -> int | None:
@@ -87,8 +91,16 @@ def _answers(pipe: Pipe, chunk: Chunk, tokens: int) -> bool:
     return True
 
 
-def _tables(model: torch.nn.Module, declared: int) -> list[int]:
-    """Positions that each table has room for. Those smaller than declared are not for tokens."""
+def _declared(pipe: Pipe) -> list[int]:
+    """What the config calls the limit."""
+    config = getattr(pipe.model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # of a model of several parts the text part's
+    return _limit(getattr(config, "max_position_embeddings", None))
+
+
+def _tables(model: torch.nn.Module, declared: int) -> list[tuple[int, int]]:
+    """Rows of each table, and the row of the first token. Tables smaller than declared are not for tokens."""
     sizes = []
     for path, module in model.named_modules() if hasattr(model, "named_modules") else ():
         weight = getattr(module, "weight", None)
@@ -99,7 +111,7 @@ def _tables(model: torch.nn.Module, declared: int) -> list[int]:
             padding = getattr(module, "padding_idx", None)
             offset = 0 if padding is None else padding + 1
         if weight.shape[0] >= declared:
-            sizes.append(weight.shape[0] - offset)
+            sizes.append((weight.shape[0], offset))
     return sizes
 
 

@@ -79,9 +79,15 @@ def with_shared_weights(
         return None
     shared = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
     try:
-        return copy.deepcopy(model, {**shared, **(replaced or {})})
+        own = copy.deepcopy(model, {**shared, **(replaced or {})})
     except Exception:  # a part that cannot be copied: without shortcuts the answers are right too
         return None
+    for module in own.modules():  # the library installs them again where they are needed
+        vars(module).pop("_output_capturing_hooks_installed", None)
+        for number, hook in list(module._forward_hooks.items()):
+            if _captures(hook):
+                del module._forward_hooks[number]
+    return own
 
 
 def structure(model: torch.nn.Module) -> int:
@@ -90,16 +96,26 @@ def structure(model: torch.nn.Module) -> int:
     Values of parameters do not count. Any thread; a few microseconds for each module and parameter.
     """
     modules = [
-        (id(each), type(each), len(each._forward_hooks), len(each._forward_pre_hooks), _is_special(each))
+        (id(each), type(each), _hooks(each), len(each._forward_pre_hooks), _is_special(each))
         for each in model.modules()
     ]
     return hash((tuple(modules), *map(id, model.parameters()), *map(id, model.buffers())))
 
 
+def _hooks(module: torch.nn.Module) -> int:
+    """How many forward hooks a module has that are not the library's own."""
+    return sum(not _captures(hook) for hook in module._forward_hooks.values())
+
+
+def _captures(hook: object) -> bool:
+    """Whether a hook is one that transformers leaves once hidden states were asked for. It only looks."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def _is_special(module: torch.nn.Module) -> bool:
     """Whether its forward is not the one of its class alone: hooks, compiled, replaced, adapters."""
     own = vars(module)
-    if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
+    if _hooks(module) or own.get("_forward_pre_hooks"):
         return True
     return own.get("_compiled_call_impl") is not None or any(
         name in own for name in ("forward", "_hf_hook", "peft_config", "_hf_peft_config_loaded")

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from serving_kit.models.packed import PackedForward, is_padded
+from serving_kit.models.packed import PackedForward
 from serving_kit.models.pipes import Collate, Output, Pipe, Runner
 from serving_kit.models.preparing import Tokenised
 from serving_kit.models.task_steps import TaskSteps
@@ -47,7 +47,7 @@ class Stepper:
         """Run inputs of one key. Each output is what `pipe.forward` gives for that input alone."""
         parameters = inputs[0].split.forward
         chunks = [chunk for each in inputs for chunk in each.chunks]
-        if self.packed is not None and not any(is_padded(chunk) for chunk in chunks):
+        if self.packed is not None and all(map(self.packed.takes, chunks)):
             return self._of_inputs(inputs, self.packed.outputs(chunks, parameters))
         if self.shortcut is not None and self.collate is not None:
             return list(self.shortcut(self.collate(chunks)))

@@ -20,7 +20,7 @@ from serving_kit.model import Input
 from serving_kit.models import generated
 from serving_kit.models.mask_head import mask_head
 from serving_kit.models.packed import Reads
-from serving_kit.models.pipes import Chunk, Collate, Output, Parameters, Pipe, Runner, tokenizer_of
+from serving_kit.models.pipes import Chunk, Collate, Output, Parameters, Pipe, Runner, tokenizer_of, width
 from serving_kit.models.pooling import pooled
 
 _MAX_FILLS = 5_000  # each one is the whole text once more: 5,000 of 500 tokens take about a second
@@ -42,6 +42,7 @@ class TaskSteps:
     reads: Reads | None = None  # of the encoder's output; None: the task is not packed
     generates = False  # whether the output is made token by token
     own_parameters: frozenset[str] = frozenset()  # of requests, which the pipeline does not know
+    padding_sides: tuple[str, ...] = ("right", "left")  # that its answers allow
     needs_config_pad_token = False  # whether the model finds the end of each text by `config.pad_token_id`
 
     def example(self, pipe: Pipe) -> Input:
@@ -63,13 +64,13 @@ class TaskSteps:
         """A faster way to the same outputs, tried on this model; None: there is none. May hook modules."""
         return None
 
-    def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
+    def own_output(self, pipe: Pipe, output: Output, chunk: Chunk, parameters: Parameters) -> Output:
         """What `pipe.postprocess` is given: the output for the input's own tokens only.
 
         Args:
             pipe: The pipeline.
             output: Of one input of a batch, with rows for its padding.
-            tokens: The input's own.
+            chunk: The first of the input.
             parameters: As the client set them.
         """
         return output
@@ -130,9 +131,10 @@ class ZeroShotClassification(TaskSteps):
 
 
 class TokenClassification(TaskSteps):
-    """Every token has an answer."""
+    """Every token has an answer, with the number of its row."""
 
     reads = Reads.ALL
+    padding_sides = ("right",)
 
 
 class FeatureExtraction(TaskSteps):
@@ -140,15 +142,18 @@ class FeatureExtraction(TaskSteps):
 
     reads = Reads.ALL
 
-    def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
+    def own_output(self, pipe: Pipe, output: Output, chunk: Chunk, parameters: Parameters) -> Output:
         """Features of shape (1, tokens, hidden), pooled (1, 1, hidden), in a tuple as the pipeline does."""
-        features = output[0]
+        features, tokens = output[0], width(chunk)
         if features.ndim == 3 and features.shape[1] > tokens:
             left = tokenizer_of(pipe).padding_side == "left"
             features = features[:, -tokens:] if left else features[:, :tokens]
         pooling = parameters.get("pooling")
         if pooling is None and not parameters.get("normalize"):
             return (features,)
+        mask = chunk.get("attention_mask")
+        if mask is not None and mask.shape[-1] == features.shape[1]:  # the given pipeline itself may pad
+            features = features[:, mask[0].bool()]
         return (pooled(features, str(pooling or "none"), normalize=bool(parameters.get("normalize"))),)
 
     def answer(self, answer: object, output: Output, parameters: Parameters) -> object:
@@ -167,7 +172,7 @@ class TextGeneration(TaskSteps):
         """One new token."""
         return Input("a word ", {"max_new_tokens": 1})
 
-    def own_output(self, pipe: Pipe, output: Output, tokens: int, parameters: Parameters) -> Output:
+    def own_output(self, pipe: Pipe, output: Output, chunk: Chunk, parameters: Parameters) -> Output:
         """With `details` where they are asked for."""
         if not parameters.get("details"):
             return output

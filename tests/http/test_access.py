@@ -206,7 +206,7 @@ def test_routes_on_the_network(outside: Any) -> None:
     with httpx.Client(base_url=outside.url) as client:
         for method, path in EVERY_ROUTE:
             refused = client.request(method, path, content="x")
-            assert (refused.status_code, refused.json()["status"]) == (401, 401)
+            assert (refused.status_code, "error" in refused.json()) == (401, True)
             assert refused.headers["www-authenticate"] == "Bearer"
             assert outside.token not in refused.text
             assert client.request(method, path, content="x", headers=token).status_code != 401

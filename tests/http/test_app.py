@@ -101,12 +101,12 @@ async def models(request: Request) -> Response:
 OTHER = Dialect(
     predictions=(
         Prediction(
-            "/v1/shout", "Shout.", "shout", decode, encode, lambda subject: {"application/json": OBJECT}
+            "/other/shout", "Shout.", "shout", decode, encode, lambda subject: {"application/json": OBJECT}
         ),
     ),
     error=error_shape,
     endpoints=(
-        Endpoint("GET", "/v1/models", models, get("Models.", {"text/plain": TEXT}), error=error_shape),
+        Endpoint("GET", "/other/models", models, get("Models.", {"text/plain": TEXT}), error=error_shape),
     ),
 )
 
@@ -116,16 +116,16 @@ def test_another_dialect() -> None:
     service = Service(load_model(shout))
     app = build_app(service, access=Access("t"), dialects=[*DIALECTS, OTHER])
     with listening(app) as client:
-        assert client.post("/v1/shout", json={"input": ["a", "b"]}).json() == {"data": ["A", "B"]}
+        assert client.post("/other/shout", json={"input": ["a", "b"]}).json() == {"data": ["A", "B"]}
         assert client.post("/", content="a").json() == "A"
-        assert client.get("/v1/models").text == "one"
-        malformed = client.post("/v1/shout", json={})
+        assert client.get("/other/models").text == "one"
+        malformed = client.post("/other/shout", json={})
         assert malformed.status_code == 400
         assert malformed.json() == {"error": {"message": "input must be a list", "code": 400}}
-        denied = client.post("/v1/shout", json={}, headers={"origin": "https://evil.example"})
+        denied = client.post("/other/shout", json={}, headers={"origin": "https://evil.example"})
         assert denied.json()["error"]["code"] == 403
-        assert client.get("/v1/shout").json()["error"]["code"] == 405
+        assert client.get("/other/shout").json()["error"]["code"] == 405
         paths = client.get("/openapi.json").json()["paths"]
-        assert paths["/v1/shout"]["post"]["operationId"] == "shout"
-        assert "get" in paths["/v1/models"]
+        assert paths["/other/shout"]["post"]["operationId"] == "shout"
+        assert "get" in paths["/other/models"]
         assert client.get("/stats").json()["requests"]["malformed"] == 1

@@ -7,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from serving_kit.models.packed import is_padded
 from serving_kit.models.packed_attention import running
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model
 from tests.support_models import (
@@ -86,12 +85,13 @@ def test_padded_chunk_runs_padded() -> None:
     model = packed_model(pipe)
     parameters = {"tokenize_kwargs": {"truncation": True, "max_length": 12}}
     prepared = model.prepare("a house", parameters)
-    chunk = dict(prepared.payload.chunks[0])
-    assert not is_padded(chunk)
+    assert model.stepper.packed is not None
+    chunk, takes = dict(prepared.payload.chunks[0]), model.stepper.packed.takes
+    assert takes(chunk)
     mask = chunk["attention_mask"].clone()
     mask[0, -1] = 0
     chunk["attention_mask"] = mask
-    assert is_padded(chunk)
+    assert not takes(chunk)
     other = prepared._replace(payload=replace(prepared.payload, chunks=[chunk]))
     (result,) = model.step(parts([other]))
     assert_same(plain(result.output[0]), plain(pipe.forward(dict(chunk))[0]))

@@ -110,7 +110,9 @@ def test_other_numbers_are_padded() -> None:
 
 @pytest.mark.usefixtures("pads")
 def test_slower_is_padded_and_leaves_no_hook() -> None:
-    model = in_one_batch(pipeline_of("Bert", "text-classification", SMALL))
+    pipe = pipeline_of("Bert", "fill-mask", SMALL)
+    model = in_one_batch(pipe)
+    assert model.pipe.model is not pipe.model
     assert not model.limits.layout.packed
     assert "2.0 times as long as a padded one" in model.limits.layout.reason
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.pipe.model.modules())
@@ -190,6 +192,48 @@ def test_error_in_the_trial_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> N
         raise ZeroDivisionError
 
     monkeypatch.setattr(packing_trial, "_gain", fails)
-    model = build_pipeline_model(fresh("text-classification"))
+    pipe = fresh("fill-mask")
+    model = build_pipeline_model(pipe)
     assert "ZeroDivisionError" in model.limits.layout.reason
+    assert model.pipe.model is not pipe.model
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.pipe.model.modules())
+
+
+@pytest.mark.usefixtures("packs")
+def test_trial_stays_within_the_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA an index past it makes the device unusable. The padding token of GPT-2 is its last one."""
+    torch.manual_seed(5)
+    words = tokenizer()
+    words.pad_token = words.convert_ids_to_tokens(len(words) - 1)
+    config = transformers.GPT2Config(
+        vocab_size=len(words),
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        pad_token_id=len(words) - 1,
+        num_labels=3,
+    )
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    looked_up = []
+    embedding = torch.nn.functional.embedding
+
+    def look(ids: Any, weight: Any, *others: Any, **named: Any) -> Any:
+        looked_up.append(int(ids.max()) < weight.shape[0])
+        return embedding(ids, weight, *others, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", look)
+    in_one_batch(transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu"))
+    assert looked_up
+    assert all(looked_up)
+
+
+@pytest.mark.usefixtures("packs")
+def test_padding_token_in_a_text_keeps_its_position() -> None:
+    """RoBERTa counts positions of other tokens only."""
+    pipe = pipeline_of("Roberta", "text-classification", FAMILIES["Roberta"])
+    model = build_pipeline_model(pipe)
+    assert model.limits.layout.packed
+    text = f"the river {pipe.tokenizer.pad_token} runs {pipe.tokenizer.pad_token} past a house"
+    got = answers(model, [text, "a house"], {"top_k": None})
+    assert_same(got, [plain(pipe(each, top_k=None)) for each in (text, "a house")])

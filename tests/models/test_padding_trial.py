@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 import transformers
 
+from serving_kit.models.padding_trial import rounding
 from serving_kit.models.pipeline import build_pipeline_model
 from tests.support_models import LABELS, LENGTHS, answers, assert_same, example, fresh, plain, tokenizer
 
@@ -44,6 +45,39 @@ def test_decoder_that_classifies(side: str) -> None:
     model = transformers.GPT2ForSequenceClassification(config).eval()
     pipe = transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu")
     assert check_answers(pipe, "text-classification").limits.max_batch_size is None
+
+
+def test_number_of_a_token_is_its_own() -> None:
+    """Relative positions allow padding on the left, which moves the rows that are counted."""
+    torch.manual_seed(3)
+    words = tokenizer()
+    words.padding_side = "left"
+    config = transformers.DebertaV2Config(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        relative_attention=True,
+        position_biased_input=False,
+        pos_att_type=["p2c", "c2p"],
+        type_vocab_size=0,
+        id2label=dict(enumerate(LABELS["token-classification"])),
+    )
+    model = transformers.DebertaV2ForTokenClassification(config).eval()
+    pipe = transformers.pipeline("token-classification", model=model, tokenizer=words, device="cpu")
+    assert check_answers(pipe, "token-classification").limits.max_batch_size is None
+
+
+@pytest.mark.parametrize(("precision", "most"), [("highest", 1e-4), ("high", 5e-3), ("medium", 3e-2)])
+def test_rounding_follows_the_precision_of_products(precision: str, most: float) -> None:
+    """TF32 differs by 3e-4 for rows of other lengths, which is no wrong side."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert rounding(fresh("text-classification")) == most
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def test_model_that_reads_the_last_row_is_padded_on_the_left() -> None:

@@ -66,3 +66,15 @@ def test_a_vector_of_zeros_stays_zero() -> None:
 def test_other_pooling_is_refused(model: PipelineModel) -> None:
     with pytest.raises(Exception, match=r"pooling must be .*mean"):
         model.check(TEXTS, {"pooling": "median"})
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_padding_of_the_given_pipeline_is_left_out(pipe: Any, model: PipelineModel, pooling: str) -> None:
+    from transformers import pipeline
+
+    padding = {"padding": "max_length", "truncation": True, "max_length": 32}
+    padded = pipeline(
+        "feature-extraction", model=pipe.model, tokenizer=pipe.tokenizer, tokenize_kwargs=padding
+    )
+    got = answers(build_pipeline_model(padded), TEXTS[:1], {"pooling": pooling})[0]
+    assert got == pytest.approx(answers(model, TEXTS[:1], {"pooling": pooling})[0], abs=1e-5)

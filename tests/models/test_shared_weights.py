@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from serving_kit.errors import StartError
+from serving_kit.models.pipeline import build_pipeline_model
 from serving_kit.models.shared_weights import with_shared_weights
 from tests.support_models import assert_same, example, fresh, plain, tiny
 
@@ -157,3 +158,19 @@ def test_no_shared_weights(obstacle: str) -> None:
     elif obstacle == "adapter":
         model.peft_config = {"default": None}
     assert with_shared_weights(model) is None
+
+
+def test_hidden_states_asked_for_in_a_cell_change_nothing() -> None:
+    """The library leaves hooks on the model then, which only look."""
+    pipe = fresh("fill-mask")
+    model = build_pipeline_model(pipe)
+    inputs = pipe.tokenizer("a house", return_tensors="pt")
+    with torch.no_grad():
+        pipe.model(**inputs, output_hidden_states=True)
+    assert any(each._forward_hooks for each in pipe.model.modules())
+    assert model.changed() == ""
+    again = build_pipeline_model(pipe)
+    assert again.stepper.takes_shortcuts
+    with torch.no_grad():
+        hidden = again.pipe.model(**inputs, output_hidden_states=True).hidden_states
+    assert len(hidden) == pipe.model.config.num_hidden_layers + 1

@@ -20,7 +20,7 @@ import orjson
 from serving_kit.events import Chunk, Done
 from serving_kit.http.access import Headers
 from serving_kit.http.endpoints import Endpoint
-from serving_kit.http.openapi import Schema, Subject
+from serving_kit.http.openapi import PROBLEM, Content, Schema, Subject
 from serving_kit.http.problems import ErrorShape, problem_json
 from serving_kit.http.strict_json import dump_json
 from serving_kit.models.tasks import TASKS
@@ -131,11 +131,13 @@ class Dialect:
         predictions: The routes that ask the model.
         error: The shape of an error on its routes. Dialects that share a path share this, too: an error
             may arise before the body is read.
+        error_content: The media type and the JSON schema of that.
         endpoints: Its other routes.
     """
 
     predictions: tuple[Prediction, ...]
     error: ErrorShape = problem_json
+    error_content: Content = field(default_factory=lambda: PROBLEM)
     endpoints: tuple[Endpoint, ...] = ()
 
 

@@ -73,6 +73,15 @@ _ONLY: Mapping[str, tuple[object, ...]] = {
 }
 
 
+_ERROR: openapi.Content = {
+    "application/json": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
+    }
+}
+
+
 class _Route(NamedTuple):
     """What differs between chat and completions."""
 
@@ -335,12 +344,13 @@ OPENAI = Dialect(
         _prediction(_COMPLETION, "/v1/completions", "Continue a text.", "complete", "prompt"),
     ),
     error=error,
+    error_content=_ERROR,
     endpoints=(
         Endpoint(
             "GET",
             "/v1/models",
             models,
-            openapi.get("The model, in a list.", openapi.json_content(openapi.OBJECT)),
+            openapi.get("The model, in a list.", openapi.json_content(openapi.OBJECT), error_content=_ERROR),
             error=error,
         ),
     ),
