@@ -72,7 +72,7 @@ class Preparer:
         key = json.dumps(parameters, sort_keys=True) if parameters else ""
         if self.task.media is not None:
             value = self.task.media(value)
-        if isinstance(value, list):
+        if isinstance(value, list) and list in self.task.takes:
             value = self._chat(value)
         split, chunks = self._preprocess(value, key, parameters)
         if len(chunks) > _MAX_CHUNKS:

@@ -61,7 +61,7 @@ class Task:
         if fits and self.members and isinstance(value, dict):
             known = self.members[0] in value and value.keys() <= set(self.members)
             fits = known and all(isinstance(each, str) for each in value.values())
-        if isinstance(value, list):
+        if isinstance(value, list) and list in self.takes:
             fits = fits and bool(value) and all(map(_is_message, value))
         if not fits:
             raise MalformedRequest(f"inputs must be {self.inputs}, got {shown(value)}")
