@@ -111,7 +111,7 @@ _GENERATION: Mapping[str, Spec] = {
     "stop_sequence": Texts(high=8, or_one=True),
     "truncation": Flag(),
     "details": Flag(),
-    "seed": Whole(0, 2**63 - 1),
+    "seed": Whole(0, 2**53 - 1),  # what every client's JSON can write
 }
 
 _CLASSES: Mapping[str, Spec] = {
