@@ -156,12 +156,14 @@ class CostModel:
         """Seconds until the last of `items` items of `tokens` tokens in all is answered, at least.
 
         For a model that packs. In whole steps, the last of which holds nothing that is younger; with the
-        smallest slope that the data allow.
+        smallest slope that the data allow. Smaller steps than these, as `overhead` knows them, cost more, but
+        no more than a step for each item.
         """
         a, b = self._least[0] * self.level, self._least[1] * self.level
         room = min(self._room_now(limit_s, a, b), budget)
-        steps = max(math.ceil(items / most), math.ceil(tokens / room))
-        return (a * steps + b * tokens) * self.overhead
+        steps = max(math.ceil(items / most), min(items, math.ceil(tokens / room)))
+        small_steps = _shared(items, tokens, most, room, a, b) * self.overhead
+        return max(a * steps + b * tokens, min(small_steps, a * items + b * tokens))
 
     def observe(self, computed_tokens: float, seconds: float) -> None:
         """Learn from one finished batch that did not raise."""
@@ -307,5 +309,8 @@ def _clipped(error: float) -> float:
 
 
 def _shared(items: float, tokens: float, most: int, room: float, a: float, b: float) -> float:
-    """Seconds for so many items in the largest batches that are allowed, in parts of a batch if need be."""
-    return a * max(items / most, tokens / room) + b * tokens
+    """Seconds for so many items in the largest batches that are allowed, in parts of a batch if need be.
+
+    An item is never split: one that is larger than a batch may be runs alone.
+    """
+    return a * max(items / most, min(items, tokens / room)) + b * tokens

@@ -235,17 +235,18 @@ class Scheduler:
             alive = set(go_on)
             ended = [item for item in batch.items if item not in alive]
             self._continuing = sorted([*self._continuing, *go_on], key=_arrival)
+        begun = batch.items[0].started if started is None else started
+        # The tokens of items that go on are those of their next step already.
+        teaches = ok and begun is not None and not continuing and batch.reason is not BatchReason.CONTINUED
         for item in ended:
             item.state = ItemState.DONE
-            if not ok:
+            if not teaches:
                 self._watchdog.item_gone(item)
         self._last_finished = now
         if ended:
             self._expected = len(self._queue) + len(ended)
             self._closed_loop.batch_ended(now, len(ended))
-        begun = batch.items[0].started if started is None else started
-        # The tokens of items that go on are those of their next step already.
-        if not ok or begun is None or continuing or batch.reason is BatchReason.CONTINUED:
+        if not teaches or begun is None:
             return ""
         return self._learn(batch, tokens, computed_tokens, now - begun, now)
 

@@ -55,7 +55,7 @@ class Watchdog:
                 self._wrong.append(now - self._refused_at < self._soon)
 
     def item_gone(self, item: object) -> None:
-        """An item has left the queue without having run: what follows says nothing about the prediction."""
+        """An item has ended otherwise than by a step that teaches the cost: no prediction is judged by it."""
         if id(item) in self._ahead:
             self._ahead.clear()
 

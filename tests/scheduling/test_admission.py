@@ -243,3 +243,32 @@ def test_hopeless_items_have_a_retry_after() -> None:
     decision = scheduler.poll(100.3)
     assert decision.dropped == ((second, Drop.HOPELESS),)
     assert decision.retry_after_s == pytest.approx(0.3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("a", "timeout_s", "limit", "tokens"),
+    [(0.05, 1.0, "auto", 20), (0.3, 10.0, "auto", 20), (0.06, 0.5, 64, 512), (0.3, 1.0, 64, 512)],
+)
+def test_lone_client_of_a_packing_model_is_answered(
+    a: float, timeout_s: float, limit: int | str, tokens: int
+) -> None:
+    """Also after a small step that left an item waiting, and with a limit below the item's own length."""
+    b, knobs = 2e-5, {"timeout_ms": timeout_s * 1000, "max_batch_tokens": limit}
+    scheduler = Scheduler(Settings(**knobs), taught(a, b, PACKED), PACKED)  # type: ignore[arg-type]
+    first, left = item(0.0, tokens, timeout=timeout_s, key="x"), item(0.0, tokens, timeout=timeout_s, key="y")
+    now = 0.0
+    assert scheduler.offer([first, left], now) is None
+    for each in (first, left):
+        scheduler.ready(each, tokens, each.key)
+    refused = 0
+    for _ in range(40):
+        while (decision := scheduler.poll(now)).batch is not None:
+            now += a + b * decision.batch.computed_tokens
+            scheduler.finished(now, ok=True)
+        now += 0.01
+        one = item(now, tokens, timeout=timeout_s)
+        if scheduler.offer([one], now) is None:
+            scheduler.ready(one, tokens, "x")
+        else:
+            refused += 1
+    assert refused == 0

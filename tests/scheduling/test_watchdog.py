@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from serving_kit.scheduling.cost import CostModel
+from serving_kit.scheduling.scheduler import Scheduler
 from serving_kit.scheduling.watchdog import Watchdog
-from tests.support_scheduling import Outcome, TrueCost, simulate
+from serving_kit.settings import Settings
+from tests.support_scheduling import Outcome, TrueCost, item, simulate
 
 pytestmark = pytest.mark.light
 
@@ -105,3 +107,17 @@ def test_item_that_left_says_nothing() -> None:
         watchdog.item_gone(ahead)
         watchdog.item_done(ahead, 0.1)
     assert watchdog.assess(0.0) == ""
+
+
+def test_refusals_are_judged_after_items_that_generate() -> None:
+    """Steps of items that go on teach no cost, so what ended in them judges no refusal, and holds up none."""
+    scheduler = Scheduler(Settings(timeout_ms=10_000))
+    first, waiting = item(0.0, 1), item(0.0, 1)
+    for each in (first, waiting):
+        assert scheduler.offer([each], 0.0) is None
+        scheduler.ready(each, 1, "g")
+    watchdog = scheduler._watchdog
+    watchdog.refused([first, waiting], 1.0, 1.0, 0.0)
+    assert scheduler.poll(0.0).batch is not None
+    scheduler.finished(0.1, ok=True, continuing=[first])
+    assert watchdog._ahead == set()
