@@ -214,6 +214,38 @@ def fresh(task: str) -> Any:
     return pipe
 
 
+def chat_pipeline() -> Any:
+    """A pipeline of text generation whose tokenizer has a chat template."""
+    pipe = fresh("text-generation")
+    pipe.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return pipe
+
+
+def new_text(pipe: Any, prompt: Any, **parameters: Any) -> str:
+    """What the pipeline itself generates, of the most likely tokens."""
+    (answer,) = pipe(prompt, do_sample=False, return_full_text=False, **parameters)
+    return str(answer["generated_text"])
+
+
+def gpt2_classifier(words: Any, pad_token_id: int) -> Any:
+    """A pipeline of text classification by a decoder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        vocab_size=len(words),
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        pad_token_id=pad_token_id,
+        num_labels=3,
+    )
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    return transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu")
+
+
 def without_pad_token(task: str = "text-classification") -> Any:
     """A pipeline whose tokenizer has no pad token, as that of GPT-2 has none."""
     pipe = fresh(task)

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 import serving_kit
-from tests.support_models import fresh, tiny
+from tests.support_models import chat_pipeline, fresh, new_text, tiny
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 MESSAGES = [{"role": "user", "content": "the river"}]
@@ -22,19 +22,12 @@ MESSAGES = [{"role": "user", "content": "the river"}]
 
 @pytest.fixture
 def pipe() -> Any:
-    pipe = fresh("text-generation")
-    pipe.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    return pipe
+    return chat_pipeline()
 
 
 @pytest.fixture
 def server(serve: Callable[..., Any], pipe: Any) -> Any:
     return serve(pipe)
-
-
-def generated(pipe: Any, prompt: Any) -> str:
-    (answer,) = pipe(prompt, return_full_text=False, **GREEDY)
-    return str(answer["generated_text"])
 
 
 def idle(server: Any) -> bool:
@@ -48,19 +41,19 @@ def idle(server: Any) -> bool:
 def test_joined_pieces_are_the_new_text(server: Any, pipe: Any) -> None:
     pieces = list(server.stream("the river", **GREEDY))
     assert len(pieces) > 2
-    assert "".join(pieces) == generated(pipe, "the river")
+    assert "".join(pieces) == new_text(pipe, "the river", max_new_tokens=6)
 
 
 def test_async_for(server: Any, pipe: Any) -> None:
     async def main() -> list[str]:
         return [piece async for piece in server.stream("the river", **GREEDY)]
 
-    assert "".join(asyncio.run(main())) == generated(pipe, "the river")
+    assert "".join(asyncio.run(main())) == new_text(pipe, "the river", max_new_tokens=6)
 
 
 def test_chat(server: Any, pipe: Any) -> None:
-    assert server.chat(MESSAGES, **GREEDY) == generated(pipe, MESSAGES)
-    assert "".join(server.stream(MESSAGES, **GREEDY)) == generated(pipe, MESSAGES)
+    assert server.chat(MESSAGES, **GREEDY) == new_text(pipe, MESSAGES, max_new_tokens=6)
+    assert "".join(server.stream(MESSAGES, **GREEDY)) == new_text(pipe, MESSAGES, max_new_tokens=6)
 
 
 def test_no_chat_template(serve: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from starlette.types import Receive, Scope, Send
 
-from serving_kit.errors import MalformedRequest
+from serving_kit.errors import MalformedRequest, ServingError
 from serving_kit.http import openapi
 from serving_kit.http.access import Headers
 from serving_kit.http.bodies import read_body
@@ -91,7 +91,7 @@ async def _send_stream(streaming: Streaming, request: DecodedRequest, ticket: Ti
                     started = True
                     await send({"type": "http.response.start", "status": 200, "headers": _head(write)})
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
-        except Exception as error:
+        except ServingError as error:
             if started:
                 problem = error_problem(error, ticket.request_id, service)
                 last = write.frame(streaming.error(problem)[0])

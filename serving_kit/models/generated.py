@@ -1,6 +1,7 @@
 """What is known of a generated text beside the text: its tokens, and why it has ended.
 
-    output of `pipe.forward` ── of_output ──▶ Generated ── details ──▶ member of the answer
+    continuous batching ── generating.output ──▶ Generated ─┬─ details ──▶ member of the answer
+    in groups ── of_group ────────────────────▶ Generated ─┘
 
 Not here: generating (`generating.py`), the clients' names for it (`http/dialects/`).
 """
@@ -31,30 +32,38 @@ class Generated(NamedTuple):
     logprobs: list[float] | None = None
 
 
-def of_output(pipe: Pipe, output: Output, most: int) -> Sequence[Generated]:
-    """The texts of one output: `generating.output` knows them, the library's `generate` gives only tokens.
+def of_group(pipe: Pipe, output: Output, prompt_tokens: int, most: int) -> Sequence[Generated]:
+    """The texts of one output of the library's `generate`, which gives only tokens.
 
     Args:
         pipe: Of text generation.
-        output: Of one input.
+        output: Of one input of a batch, with its padding.
+        prompt_tokens: Of the input, without padding.
         most: New tokens that the call allows.
     """
-    if "generated" in output:
-        known: Sequence[Generated] = output["generated"]
-        return known
     given = getattr(pipe, "generation_config", None) or pipe.model.generation_config
     ends = given.eos_token_id
     ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    prompt = output["input_ids"].shape[-1]
+    start = output["input_ids"].shape[-1]
     found = []
     for ids in output["generated_sequence"][0].tolist():
-        tokens = ids[prompt:]
+        tokens = ids[start:]
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
         if end is not None:  # padding follows, as long as the batch was generated
-            found.append(Generated(prompt, tokens[: end + 1], EOS_TOKEN))
+            found.append(Generated(prompt_tokens, tokens[: end + 1], EOS_TOKEN))
         else:
-            found.append(Generated(prompt, tokens, LENGTH if len(tokens) >= most else STOP_SEQUENCE))
+            reason = LENGTH if len(tokens) >= most else STOP_SEQUENCE
+            found.append(Generated(prompt_tokens, tokens, reason))
     return found
+
+
+def usage(generated: Generated) -> dict[str, object]:
+    """How many tokens there are, and why the text has ended."""
+    return {
+        "finish_reason": generated.finish_reason,
+        "generated_tokens": len(generated.tokens),
+        "prompt_tokens": generated.prompt_tokens,
+    }
 
 
 def details(pipe: Pipe, generated: Generated, seed: int | None) -> dict[str, object]:
@@ -63,9 +72,7 @@ def details(pipe: Pipe, generated: Generated, seed: int | None) -> dict[str, obj
     special = set(words.all_special_ids)
     logprobs: Sequence[float | None] = generated.logprobs or [None] * len(generated.tokens)
     return {
-        "finish_reason": generated.finish_reason,
-        "generated_tokens": len(generated.tokens),
-        "prompt_tokens": generated.prompt_tokens,
+        **usage(generated),
         "seed": seed,
         "prefill": [],
         "tokens": [

@@ -166,24 +166,30 @@ class TextGeneration(TaskSteps):
 
     timed = False  # a call's cost is in the tokens that it generates
     generates = True
-    own_parameters = frozenset({"details", "seed"})
+    own_parameters = frozenset({"details", "seed", "usage"})
 
     def example(self, pipe: Pipe) -> Input:
         """One new token."""
         return Input("a word ", {"max_new_tokens": 1})
 
     def own_output(self, pipe: Pipe, output: Output, chunk: Chunk, parameters: Parameters) -> Output:
-        """With `details` where they are asked for."""
-        if not parameters.get("details"):
+        """With `details` where they, or only the `usage` among them, are asked for."""
+        if not (parameters.get("details") or parameters.get("usage")):
             return output
-        most = self.new_tokens(pipe, {**pipe._forward_params, **_generation(parameters)}).most
+        texts = output.get("generated")
+        if texts is None:
+            most = self.new_tokens(pipe, {**pipe._forward_params, **_generation(parameters)}).most
+            texts = generated.of_group(pipe, output, width(chunk), most)
         seed = cast("int | None", parameters.get("seed"))
-        found = [generated.details(pipe, each, seed) for each in generated.of_output(pipe, output, most)]
+        found = [
+            generated.details(pipe, each, seed) if parameters.get("details") else generated.usage(each)
+            for each in texts
+        ]
         return {**output, "details": found}
 
     def answer(self, answer: object, output: Output, parameters: Parameters) -> object:
         """Each text with its `details` where they are asked for."""
-        if not parameters.get("details"):
+        if "details" not in output:
             return answer
         texts = cast("list[dict[str, object]]", answer)
         return [{**text, "details": each} for text, each in zip(texts, output["details"], strict=True)]

@@ -111,6 +111,7 @@ _GENERATION: Mapping[str, Spec] = {
     "stop_sequence": Texts(high=8, or_one=True),
     "truncation": Flag(),
     "details": Flag(),
+    "usage": Flag(),  # of the details only the number of tokens, and why the text has ended
     "seed": Whole(0, 2**53 - 1),  # what every client's JSON can write
 }
 

@@ -10,7 +10,16 @@ import transformers
 
 from serving_kit.models import packing_trial
 from serving_kit.models.pipeline import PipelineModel, build_pipeline_model
-from tests.support_models import LABELS, answers, assert_same, fresh, plain, tiny, tokenizer
+from tests.support_models import (
+    LABELS,
+    answers,
+    assert_same,
+    fresh,
+    gpt2_classifier,
+    plain,
+    tiny,
+    tokenizer,
+)
 
 SMALL = {
     "vocab_size": len(tokenizer()),
@@ -202,19 +211,9 @@ def test_error_in_the_trial_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("packs")
 def test_trial_stays_within_the_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA an index past it makes the device unusable. The padding token of GPT-2 is its last one."""
-    torch.manual_seed(5)
     words = tokenizer()
     words.pad_token = words.convert_ids_to_tokens(len(words) - 1)
-    config = transformers.GPT2Config(
-        vocab_size=len(words),
-        n_positions=128,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        pad_token_id=len(words) - 1,
-        num_labels=3,
-    )
-    model = transformers.GPT2ForSequenceClassification(config).eval()
+    pipe = gpt2_classifier(words, len(words) - 1)
     looked_up = []
     embedding = torch.nn.functional.embedding
 
@@ -223,7 +222,7 @@ def test_trial_stays_within_the_table_of_positions(monkeypatch: pytest.MonkeyPat
         return embedding(ids, weight, *others, **named)
 
     monkeypatch.setattr(torch.nn.functional, "embedding", look)
-    in_one_batch(transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu"))
+    in_one_batch(pipe)
     assert looked_up
     assert all(looked_up)
 

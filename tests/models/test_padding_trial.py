@@ -10,7 +10,17 @@ import transformers
 
 from serving_kit.models.padding_trial import rounding
 from serving_kit.models.pipeline import build_pipeline_model
-from tests.support_models import LABELS, LENGTHS, answers, assert_same, example, fresh, plain, tokenizer
+from tests.support_models import (
+    LABELS,
+    LENGTHS,
+    answers,
+    assert_same,
+    example,
+    fresh,
+    gpt2_classifier,
+    plain,
+    tokenizer,
+)
 
 ENCODERS = ["fill-mask", "feature-extraction", *LABELS]
 PARAMETERS: dict[str, dict[str, Any]] = {"zero-shot-classification": {"candidate_labels": ["travel", "war"]}}
@@ -36,14 +46,9 @@ def test_tokenizer_of_text_generation_is_served(task: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_decoder_that_classifies(side: str) -> None:
-    torch.manual_seed(3)
     words = tokenizer()
     words.padding_side = side
-    config = transformers.GPT2Config(
-        vocab_size=len(words), n_positions=128, n_embd=32, n_layer=2, n_head=2, pad_token_id=0, num_labels=3
-    )
-    model = transformers.GPT2ForSequenceClassification(config).eval()
-    pipe = transformers.pipeline("text-classification", model=model, tokenizer=words, device="cpu")
+    pipe = gpt2_classifier(words, 0)
     assert check_answers(pipe, "text-classification").limits.max_batch_size is None
 
 

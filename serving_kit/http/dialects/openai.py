@@ -128,7 +128,8 @@ def _decoder(route: _Route) -> Callable[[bytes, Headers, str], DecodedRequest]:
             "created": int(time.time()),
         }
         repeated = [value for value in values for _ in range(choices)]
-        return DecodedRequest(repeated, _parameters(given, stops), streamed, streamed, options)
+        parameters = _parameters(given, stops, "details" if options["logprobs"] else "usage")
+        return DecodedRequest(repeated, parameters, streamed, streamed, options)
 
     return decode
 
@@ -143,7 +144,7 @@ def _refuse_unsupported(document: Mapping[str, object]) -> None:
             raise MalformedRequest(f"{name} is not supported by this server, except as {allowed}")
 
 
-def _parameters(given: Mapping[str, object], stops: Sequence[str]) -> dict[str, object]:
+def _parameters(given: Mapping[str, object], stops: Sequence[str], more: str) -> dict[str, object]:
     parameters = {own: given[name] for name, own in _PASSED_ON.items() if name in given}
     if "temperature" in parameters:
         parameters["do_sample"] = bool(parameters["temperature"])
@@ -151,7 +152,7 @@ def _parameters(given: Mapping[str, object], stops: Sequence[str]) -> dict[str, 
             del parameters["temperature"]
     if stops:
         parameters["stop_sequence"] = list(stops)
-    return {**parameters, "return_full_text": False, "details": True}
+    return {**parameters, "return_full_text": False, more: True}
 
 
 def _prompts(given: Mapping[str, object]) -> list[object]:
@@ -228,7 +229,7 @@ def _choice(
         "index": index,
         **own,
         "logprobs": _logprobs(route, details["tokens"]) if request.options["logprobs"] else None,
-        "finish_reason": _finish_reason(details),
+        "finish_reason": _finish_reason(details, cut),
     }
 
 
@@ -247,8 +248,9 @@ def _logprobs(route: _Route, tokens: Sequence[Mapping[str, Any]]) -> dict[str, o
     }
 
 
-def _finish_reason(details: Mapping[str, Any]) -> str:
-    return "length" if details["finish_reason"] == "length" else "stop"
+def _finish_reason(details: Mapping[str, Any], cut: StopStrings) -> str:
+    """A stop string that the last token has completed counts more than the length."""
+    return "length" if details["finish_reason"] == "length" and not cut.stopped else "stop"
 
 
 def _usage(details: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -289,7 +291,7 @@ def _chunker(route: _Route) -> Any:
             details = cast("list[dict[str, Any]]", event.value)[0]["details"]
             if rest := cut.rest():
                 yield chunk(rest)
-            yield chunk("", _finish_reason(details))
+            yield chunk("", _finish_reason(details, cut))
             if request.options["include_usage"]:
                 yield {**head, "choices": [], "usage": _usage([details])}
 

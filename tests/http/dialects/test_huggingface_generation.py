@@ -9,16 +9,14 @@ import pytest
 pytest.importorskip("torch")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from tests.support_models import fresh, tiny
+from tests.support_models import chat_pipeline, new_text, tiny
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 
 @pytest.fixture
 def pipe() -> Any:
-    pipe = fresh("text-generation")
-    pipe.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    return pipe
+    return chat_pipeline()
 
 
 @pytest.fixture
@@ -32,15 +30,9 @@ def client(server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return huggingface_hub.InferenceClient(server.url)
 
 
-def generated(pipe: Any, prompt: Any, **parameters: Any) -> str:
-    (answer,) = pipe(prompt, return_full_text=False, **GREEDY, **parameters)
-    return str(answer["generated_text"])
-
-
 def test_text_generation(client: Any, pipe: Any) -> None:
-    assert client.text_generation("the river", return_full_text=False, **GREEDY) == generated(
-        pipe, "the river"
-    )
+    wanted = new_text(pipe, "the river", max_new_tokens=6)
+    assert client.text_generation("the river", return_full_text=False, **GREEDY) == wanted
     assert client.text_generation("the river", **GREEDY) == pipe("the river", **GREEDY)[0]["generated_text"]
 
 
@@ -54,7 +46,7 @@ def test_details(client: Any) -> None:
 
 def test_stream(client: Any, pipe: Any) -> None:
     pieces = list(client.text_generation("the river", stream=True, **GREEDY))
-    assert "".join(pieces) == generated(pipe, "the river")
+    assert "".join(pieces) == new_text(pipe, "the river", max_new_tokens=6)
     assert len(pieces) > 2
 
 
@@ -62,14 +54,18 @@ def test_stream_with_details(client: Any, pipe: Any) -> None:
     *events, last = client.text_generation("the river", stream=True, details=True, **GREEDY)
     assert [event.index for event in [*events, last]] == list(range(1, len(events) + 2))
     assert all(event.token.logprob < 0 and event.generated_text is None for event in events)
-    assert last.generated_text == generated(pipe, "the river") == "".join(each.token.text for each in events)
+    assert (
+        last.generated_text
+        == new_text(pipe, "the river", max_new_tokens=6)
+        == "".join(each.token.text for each in events)
+    )
     assert (last.details.finish_reason, last.details.generated_tokens) == ("length", 6)
     assert last.details.input_length == 4
 
 
 def test_stop(client: Any, pipe: Any) -> None:
     """The stop string is part of the text, as in text-generation-inference."""
-    text = generated(pipe, "the river")
+    text = new_text(pipe, "the river", max_new_tokens=6)
     stop = text.split()[1]
     answer = client.text_generation("the river", stop=[stop], details=True, return_full_text=False, **GREEDY)
     assert answer.generated_text == text[: text.index(stop) + len(stop)]
@@ -86,7 +82,7 @@ def test_seed(client: Any) -> None:
 def test_chat_completion(client: Any, pipe: Any) -> None:
     messages = [{"role": "user", "content": "the river"}]
     answer = client.chat_completion(messages, max_tokens=6, temperature=0)
-    assert answer.choices[0].message.content == generated(pipe, messages)
+    assert answer.choices[0].message.content == new_text(pipe, messages, max_new_tokens=6)
     pieces = [
         chunk.choices[0].delta.content or ""
         for chunk in client.chat_completion(messages, max_tokens=6, temperature=0, stream=True)
@@ -130,6 +126,16 @@ def test_groups_have_details_and_no_seed(serve: Callable[..., Any], pipe: Any) -
     streamed = httpx.post(server.url, json={**asked, "stream": True})
     assert streamed.status_code == 200
     assert answer["details"]["finish_reason"] in streamed.text
+
+
+def test_prompt_tokens_of_a_group_are_without_padding(serve: Callable[..., Any], pipe: Any) -> None:
+    server = serve(pipe, shortcuts=False, max_wait_ms=300)
+    asked = {
+        "inputs": ["the river", "the river runs past a stone house"],
+        "parameters": {**GREEDY, "details": True},
+    }
+    short, long = httpx.post(server.url, json=asked).json()
+    assert (short[0]["details"]["prompt_tokens"], long[0]["details"]["prompt_tokens"]) == (4, 9)
 
 
 def test_other_tasks_have_no_streams(serve: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from serving_kit.http.dialects.openai import OPENAI
 
 openai = pytest.importorskip("openai")
 
-from tests.support_models import fresh, tiny
+from tests.support_models import fresh, new_text, tiny
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
@@ -43,16 +43,10 @@ def client(server: Any) -> Iterator[Any]:
         yield client
 
 
-def generated(pipe: Any, prompt: Any, **parameters: Any) -> str:
-    """What the pipeline itself generates."""
-    (answer,) = pipe(prompt, do_sample=False, return_full_text=False, **parameters)
-    return str(answer["generated_text"])
-
-
 def test_completion(client: Any, pipe: Any) -> None:
     answer = client.completions.create(model="any", prompt="the river", **GREEDY)
     assert (answer.object, answer.model) == ("text_completion", "any")
-    assert answer.choices[0].text == generated(pipe, "the river", max_new_tokens=6)
+    assert answer.choices[0].text == new_text(pipe, "the river", max_new_tokens=6)
     assert (answer.choices[0].finish_reason, answer.choices[0].logprobs) == ("length", None)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
         4,
@@ -65,7 +59,7 @@ def test_chat(client: Any, pipe: Any) -> None:
     answer = client.chat.completions.create(model="any", messages=MESSAGES, **GREEDY)
     assert answer.object == "chat.completion"
     assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content == generated(pipe, MESSAGES, max_new_tokens=6)
+    assert answer.choices[0].message.content == new_text(pipe, MESSAGES, max_new_tokens=6)
     assert answer.usage.completion_tokens == 6
 
 
@@ -75,7 +69,7 @@ def test_content_in_parts(client: Any, pipe: Any) -> None:
     ]
     answer = client.chat.completions.create(model="any", messages=parts, **GREEDY)
     whole = [{"role": "user", "content": "the river"}]
-    assert answer.choices[0].message.content == generated(pipe, whole, max_new_tokens=6)
+    assert answer.choices[0].message.content == new_text(pipe, whole, max_new_tokens=6)
 
 
 def test_streamed_completion(client: Any, pipe: Any) -> None:
@@ -83,9 +77,8 @@ def test_streamed_completion(client: Any, pipe: Any) -> None:
         model="any", prompt="the river", stream=True, stream_options={"include_usage": True}, **GREEDY
     )
     *chunks, ended, usage = list(stream)
-    assert "".join(chunk.choices[0].text for chunk in chunks) == generated(
-        pipe, "the river", max_new_tokens=6
-    )
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == new_text(pipe, "the river", max_new_tokens=6)
     assert len(chunks) > 1
     assert ended.choices[0].finish_reason == "length"
     assert (usage.choices, usage.usage.completion_tokens) == ([], 6)
@@ -98,7 +91,7 @@ def test_streamed_chat(client: Any, pipe: Any) -> None:
     )
     assert (first.object, first.choices[0].delta.role) == ("chat.completion.chunk", "assistant")
     text = "".join(chunk.choices[0].delta.content for chunk in chunks)
-    assert text == generated(pipe, MESSAGES, max_new_tokens=6)
+    assert text == new_text(pipe, MESSAGES, max_new_tokens=6)
     assert all(chunk.choices[0].logprobs.content[0].logprob < 0 for chunk in chunks)
     assert (ended.choices[0].delta.content, ended.choices[0].finish_reason) == (None, "length")
 
@@ -113,7 +106,7 @@ def test_stream_ends_with_done(server: Any) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_stop_string_is_cut_off(client: Any, pipe: Any, streamed: bool) -> None:
-    text = generated(pipe, "the river", max_new_tokens=6)
+    text = new_text(pipe, "the river", max_new_tokens=6)
     stop = text.split()[2]
     asked = {"model": "any", "prompt": "the river", "stop": [stop, "unseen"], **GREEDY}
     if streamed:
@@ -128,7 +121,7 @@ def test_stop_string_is_cut_off(client: Any, pipe: Any, streamed: bool) -> None:
 
 def test_several_prompts_and_choices(client: Any, pipe: Any) -> None:
     answer = client.completions.create(model="any", prompt=["the river", "paris"], n=2, **GREEDY)
-    wanted = [generated(pipe, prompt, max_new_tokens=6) for prompt in ("the river", "paris")]
+    wanted = [new_text(pipe, prompt, max_new_tokens=6) for prompt in ("the river", "paris")]
     assert [each.text for each in answer.choices] == [wanted[0], wanted[0], wanted[1], wanted[1]]
     assert [each.index for each in answer.choices] == [0, 1, 2, 3]
     assert answer.usage.completion_tokens == 24
