@@ -42,7 +42,9 @@ class ServerProcess:
     def __init__(self, process: subprocess.Popen[str], port: int, go: Path) -> None:
         self.process, self.port, self.go = process, port, go
         self.url = f"http://127.0.0.1:{port}"
-        self.client = httpx.Client(base_url=self.url, timeout=30, limits=httpx.Limits(max_connections=1))
+        # Idle connections are given up before the server does: a request on one that it closes is lost.
+        limits = httpx.Limits(max_connections=1, keepalive_expiry=1.0)
+        self.client = httpx.Client(base_url=self.url, timeout=30, limits=limits)
 
     def health(self) -> int | None:
         """The status of `/health`; None: no answer."""
