@@ -44,7 +44,10 @@ class Free(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Release what these items hold in the model. Result: the `Failure`s of that."""
+    """Release what these hold in the model: they have ended, or others need the memory first.
+
+    Result: the `Failure`s of that.
+    """
 
     prepared: Sequence[AnyPrepared]
 
@@ -67,6 +70,7 @@ class Answered(NamedTuple):
 
     answer: object
     chunk: object = None  # the last of its stream; None: none
+    generated: int = 0  # tokens that this step has added to a text
 
 
 ItemResult = Answered | More | Failure

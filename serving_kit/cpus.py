@@ -23,7 +23,7 @@ def allowed_cpus() -> int:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         count = os.cpu_count() or 1
-    quota = cpu_quota(_read)
+    quota = cpu_quota(read_text)
     return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
@@ -35,19 +35,30 @@ def cpu_quota(read: ReadText) -> float | None:
             from it: `/proc/self/cgroup`, and `cpu.max` (version 2) or `cpu.cfs_quota_us` and
             `cpu.cfs_period_us` (version 1) of every group on the way from the process's own to the root.
     """
-    quotas = []
+    quotas = [_ratio(*words[:2]) for each in control_groups(read) if (words := _words(read, each))]
     for line in (read("/proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if not controllers:
-            quotas += [_ratio(*words[:2]) for each in _groups(_ROOT, path) if (words := _words(read, each))]
-        elif "cpu" in controllers.split(","):
+        if "cpu" in controllers.split(","):
             for root in (f"{_ROOT}/{controllers}", f"{_ROOT}/cpu"):
                 for group in _groups(root, path):
                     quota, period = read(f"{group}/cpu.cfs_quota_us"), read(f"{group}/cpu.cfs_period_us")
                     if quota and period:
                         quotas.append(_ratio(quota, period))
     return min((each for each in quotas if each is not None), default=None)
+
+
+def control_groups(read: ReadText) -> Iterator[str]:
+    """The folders of the control groups (version 2) of this process, from its own up to the root.
+
+    Args:
+        read: Gives the text of `/proc/self/cgroup`.
+    """
+    for line in (read("/proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            yield from _groups(_ROOT, path)
 
 
 def _groups(root: str, path: str) -> Iterator[str]:
@@ -71,7 +82,8 @@ def _ratio(quota: str, period: str) -> float | None:
     return allowed / of if allowed > 0 and of > 0 else None
 
 
-def _read(path: str) -> str | None:
+def read_text(path: str) -> str | None:
+    """The text of a file; None: it cannot be read."""
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError):

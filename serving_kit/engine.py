@@ -35,6 +35,7 @@ from serving_kit.actions import (
 )
 from serving_kit.errors import (
     DeadlineExceeded,
+    InputRejected,
     ModelFailed,
     Overloaded,
     ServingError,
@@ -69,8 +70,10 @@ from serving_kit.records import (
     CostReleasedRecord,
     Drop,
     DropRecord,
+    EvictedRecord,
     FailureRecord,
     Record,
+    TokensRecord,
 )
 from serving_kit.scheduling.admission import Rejected
 from serving_kit.scheduling.scheduler import Scheduler
@@ -203,6 +206,9 @@ class Engine:
         decision = self.scheduler.poll(now)
         for item, drop in decision.dropped:
             self._drop([item], drop, decision.retry_after_s, now)
+        if decision.evicted:
+            self._records.append(EvictedRecord(len(decision.evicted)))
+            return Release([item.prepared for item in decision.evicted if item.prepared is not None])
         if (batch := decision.batch) is not None:
             expected_s = self.scheduler.cost.high(batch.computed_tokens)
             return Step(batch.items, batch.reason, batch.left_waiting, expected_s)
@@ -262,7 +268,8 @@ class Engine:
         self, items: Sequence[Item], results: Sequence[AnyPrepared | Failure | None], now: float
     ) -> None:
         failures = []
-        for item, result in zip(items, results, strict=True):
+        for item, prepared in zip(items, results, strict=True):
+            result = self._within_cache(prepared) if isinstance(prepared, Prepared) else prepared
             if isinstance(result, Failure):
                 if item.state is ItemState.WAITING:
                     self.scheduler.cancel(item)
@@ -274,11 +281,32 @@ class Engine:
                 continue
             elif item.state is ItemState.WAITING:
                 item.prepared = result
-                self.scheduler.ready(item, self._tokens(result.work), result.key)
+                work = result.work
+                self.scheduler.ready(
+                    item,
+                    self._tokens(work),
+                    result.key,
+                    divisible=work.divisible,
+                    context_tokens=work.context_tokens,
+                )
             else:  # its client has left since
                 self._to_release.append(result)
         if failures:
             self._begin(attribute(failures, self._canary is not None), now)
+
+    def _within_cache(self, prepared: AnyPrepared) -> AnyPrepared | Failure:
+        """The same, or a refusal of a text that the cache cannot hold even alone."""
+        limit, most = self.scheduler.cache_limit(), prepared.work.most_context
+        if limit is None or most is None or most <= limit.value:
+            return prepared
+        tokens = prepared.work.tokens + prepared.work.context_tokens
+        new = most - tokens
+        text = (
+            f"the text has {tokens} tokens and may get {new} more; the cache of this server holds "
+            f"{limit.value} ({limit.reason}): send a shorter text, or ask for fewer new tokens"
+        )
+        self._to_release.append(prepared)
+        return Failure(InputRejected(text), FailureKind.ERROR, text)
 
     def _report(self, failures: Sequence[Failure]) -> None:
         """Let the owner know of failures that no client is told of."""
@@ -292,7 +320,9 @@ class Engine:
         if failure is not None:
             self._resume(Reply(now, failure), now) if retried else self._recover(step, failure, now)
             return
+        computed_tokens = sum(item.tokens for item in step.items)
         continuing, isolated = self._deliver(step.items, executed)
+        self._record_tokens(step.items, executed, computed_tokens)
         if retried:
             self._continuing += continuing
             self._resume(Reply(now, isolated=isolated), now)
@@ -321,7 +351,7 @@ class Engine:
                 self._events.append((item, Done(result.answer, *item.waited_s(executed.ended))))
             elif isinstance(result, More):
                 answered = True
-                item.tokens = self._tokens(result.work)
+                item.tokens, item.context_tokens = self._tokens(result.work), result.work.context_tokens
                 continuing.append(item)
                 if result.chunk is not None:
                     if item.stream_deadline is not None:
@@ -335,6 +365,33 @@ class Engine:
         if answered and self.breaker.has_failures and self.breaker.succeeded():
             self._breaker_moved(Gate.CLOSED)
         return continuing, None if answered else isolated
+
+    def _record_tokens(self, items: Sequence[Item], executed: Executed, computed_tokens: int) -> None:
+        """Record what a step of continuous batching has computed, with the times between tokens."""
+        if not items[0].divisible:
+            return
+        first, between, new, decoded = [], [], 0, 0
+        for item, result in zip(items, executed.results, strict=True):
+            generated = 0 if isinstance(result, Failure) else result.generated
+            if not generated:
+                decoded += isinstance(result, Failure) and item.token_at is not None
+                continue
+            new += generated
+            if item.token_at is None:
+                first.append(executed.ended - item.arrived)
+            else:
+                decoded += 1
+                between += [(executed.ended - item.token_at) / generated] * generated
+            item.token_at = executed.ended
+        self._records.append(
+            TokensRecord(
+                executed.ended,
+                computed_tokens - decoded,
+                new,
+                tuple(first),
+                tuple(between),
+            )
+        )
 
     # -- inside: recovery ------------------------------------------------------------------------
 
@@ -399,6 +456,8 @@ class Engine:
             self._record_failure(each, now)
         if (many := conclusions.too_large) is not None:
             self.scheduler.memory_limit.exceeded(many.longest, many.computed_tokens, now)
+            if self._failed_step is not None and self._failed_step.items[0].divisible:
+                self.scheduler.caches_exceeded(now)
         if self._failed_step is not None:
             self.scheduler.finished(now, ok=False, continuing=self._continuing)
             for item in self._failed_step.items:

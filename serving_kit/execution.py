@@ -109,7 +109,8 @@ def _finish(model: Model, item: Item, result: StepResult) -> ItemResult:
         return result
     try:
         if isinstance(result, Done):
-            return Answered(model.finish(_prepared(item), result.output), result.chunk)
+            answer = model.finish(_prepared(item), result.output)
+            return Answered(answer, result.chunk, result.generated)
         return _failure(model, result.error, [item])
     except BaseException as error:
         return _failure(model, error, [item])

@@ -29,14 +29,17 @@ class Item:
 
     arrived: float
     deadline: float  # absolute; of a stream until its first chunk
-    tokens: int  # of its next step; an estimate until it is prepared
+    tokens: int  # of its next step, in a step its share; an estimate until it is prepared
     input: Input = _NO_INPUT
     payload: Any = None  # the owner's own
     key: Hashable | None = None  # items share a step only if their keys are equal; None until prepared
     prepared: AnyPrepared | None = None
+    divisible: bool = False  # whether a step may compute only the first of its tokens
+    context_tokens: int = 0  # in its cache; before its first step, what it is expected to copy from another
     stream_deadline: float | None = None  # absolute, from the first chunk on; None: not a stream
     state: ItemState = ItemState.WAITING
     started: float | None = None  # when its first step was chosen
+    token_at: float | None = None  # when its last token was generated; None: none was
     cancelled: bool = False  # its client has left while it was running
     estimate: int = 0  # what `tokens` was when it was offered
     fingerprint: int = 0  # of its input, once it has failed; equal for equal inputs

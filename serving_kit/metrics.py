@@ -1,67 +1,48 @@
 """Counters and windows of one server, kept by observing its records; read as `Statistics` and by Prometheus.
 
 Every second has a slot with what ended in it: outcomes, batches, and durations as counts of logarithmic
-buckets (DDSketch: any quantile within 2 %). A window is a sum of slots, so percentiles are merged, never
-averaged, and memory does not depend on the load.
+buckets (`durations.py`). A window is a sum of slots.
 
 Records may come from any thread. One lock guards everything and is held for microseconds.
 
-Not here: the values that are read (`status.py`), their JSON (`stats_json.py`), where they are served
-(`http/routes.py`).
+Not here: tokens (`token_metrics.py`), the values that are read (`status.py`), their JSON (`stats_json.py`),
+where they are served (`http/routes.py`).
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
-from math import ceil, log
 from typing import TypeVar
 
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     Metric,
 )
 
+from serving_kit.durations import HISTORY_S, WINDOW_S, Histogram, bucket, merged, percentiles
 from serving_kit.model import FailureKind
-from serving_kit.records import BatchReason, BatchRecord, Drop, DropRecord, Outcome, RequestRecord
-from serving_kit.status import Load, Percentiles, Second, SettingsChange, Statistics, Window
+from serving_kit.records import (
+    BatchReason,
+    BatchRecord,
+    Drop,
+    DropRecord,
+    Outcome,
+    RequestRecord,
+    TokensRecord,
+)
+from serving_kit.status import Load, Second, SettingsChange, Statistics, Tokens, Window
+from serving_kit.token_metrics import TokenMetrics
 
 E = TypeVar("E", Outcome, BatchReason, Drop, FailureKind)
 
-HISTORY_S = 300
-WINDOW_S = 30  # percentiles and rates are over this many seconds
-_GAMMA = 1.04  # bucket i holds (g^(i-1), g^i] microseconds: 2 % relative error
-_LOG_GAMMA = math.log(_GAMMA)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _KEPT_CHANGES = 200
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-def bucket(seconds: float) -> int:
-    """The logarithmic bucket of a duration."""
-    microseconds = seconds * 1e6
-    return ceil(log(microseconds) / _LOG_GAMMA) if microseconds > 1 else 0
-
-
-def percentiles(counts: Counter[int]) -> Percentiles:
-    """The percentiles of durations that were counted by their bucket."""
-    if not counts:
-        return Percentiles(None, None, None)
-    buckets = sorted(counts)
-    cumulative = list(accumulate(counts[each] for each in buckets))
-    return Percentiles(*[_quantile(q, buckets, cumulative) for q in (0.5, 0.95, 0.99)])
-
-
-def _quantile(q: float, buckets: list[int], cumulative: list[int]) -> float:
-    rank = q * (cumulative[-1] - 1)
-    return 2 * _GAMMA ** buckets[bisect.bisect_right(cumulative, rank)] / (_GAMMA + 1) / 1e6
 
 
 @dataclass(slots=True)
@@ -83,29 +64,6 @@ class Slot:
     in_flight: int = 0  # most items admitted and not answered
     last_depth: int = 0  # queue depth seen last: what a second without events after this one still has
     summary: Second | None = None  # once the second is over
-
-
-@dataclass(slots=True)
-class _Histogram:
-    """Cumulative counts for Prometheus."""
-
-    bounds: tuple[float, ...]
-    counts: list[int] = field(default_factory=list)
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = [0] * (len(self.bounds) + 1)
-
-    def add(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def family(self, name: str, text: str) -> Metric:
-        cumulative, buckets = 0, []
-        for bound, count in zip((*self.bounds, math.inf), self.counts, strict=True):
-            cumulative += count
-            buckets.append(("+Inf" if bound == math.inf else repr(float(bound)), float(cumulative)))
-        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self.total)
 
 
 def gauge(name: str, text: str, *samples: tuple[Mapping[str, str], float]) -> Metric:
@@ -141,10 +99,11 @@ class Metrics:
         self._wasted_items = 0
         self._dropped: Counter[Drop] = Counter()
         self._shared_items = 0
-        self._latency_s = _Histogram(_SECONDS)
-        self._queue_time_s = _Histogram(_SECONDS)
-        self._model_time_s = _Histogram(_SECONDS)
-        self._sizes = _Histogram(_SIZES)
+        self._tokens = TokenMetrics()
+        self._latency_s = Histogram(_SECONDS)
+        self._queue_time_s = Histogram(_SECONDS)
+        self._model_time_s = Histogram(_SECONDS)
+        self._sizes = Histogram(_SIZES)
 
     # -- observing -------------------------------------------------------------------------------
 
@@ -198,6 +157,16 @@ class Metrics:
         with self._lock:
             self._dropped[record.reason] += 1
 
+    def add_tokens(self, record: TokensRecord) -> None:
+        """A step of continuous batching has ended."""
+        with self._lock:
+            self._tokens.add(record)
+
+    def add_evicted(self, sequences: int) -> None:
+        """Sequences have given their caches back to others."""
+        with self._lock:
+            self._tokens.add_evicted(sequences)
+
     def add_failure(self, fault: FailureKind) -> None:
         """Something went wrong on the model thread."""
         with self._lock:
@@ -238,6 +207,7 @@ class Metrics:
                 wasted_items=self._wasted_items,
                 dropped_items=_by_member(Drop, self._dropped),
                 shared_items=self._shared_items,
+                tokens=self._tokens.totals(),
                 window=self._window(now),
                 series=self._series(now, min(series, HISTORY_S), load or Load(0, 0)),
                 changes=tuple(SettingsChange(now - at, settings) for at, settings in self._changes)
@@ -291,6 +261,7 @@ class Metrics:
                 self._latency_s.family(
                     "serving_kit_request_seconds", "Arrival to answer, answered requests."
                 ),
+                *self._tokens.families(),
             ]
         yield from families
 
@@ -298,8 +269,8 @@ class Metrics:
         slots = [slot for slot in self._slots if slot.second > now - WINDOW_S]
         first = self._slots[0].second if self._slots else now
         duration_s = max(1.0, min(WINDOW_S, now - first))
-        latency = _merge(slot.latency for slot in slots)
-        sizes = _merge(slot.sizes for slot in slots)
+        latency = merged(slot.latency for slot in slots)
+        sizes = merged(slot.sizes for slot in slots)
         batches = sizes.total()
         return Window(
             duration_s=duration_s,
@@ -312,8 +283,9 @@ class Metrics:
             busy=min(1.0, sum(slot.busy_s for slot in slots) / duration_s),
             samples=latency.total(),
             latency=percentiles(latency),
-            queue_time=percentiles(_merge(slot.queue_time for slot in slots)),
-            model_time=percentiles(_merge(slot.model_time for slot in slots)),
+            queue_time=percentiles(merged(slot.queue_time for slot in slots)),
+            model_time=percentiles(merged(slot.model_time for slot in slots)),
+            tokens=self._tokens.window(now),
         )
 
     def _series(self, now: float, seconds: int, load: Load) -> tuple[Second, ...]:
@@ -325,7 +297,9 @@ class Metrics:
             slot = slots.get(second) or Slot(second, depth=depth, last_depth=depth)
             depth = slot.last_depth
             # A second that is over does not change; a late record may still reach the one before.
-            summary = slot.summary or _summary(slot, load if second == last else Load(0, 0))
+            summary = slot.summary or _summary(
+                slot, load if second == last else Load(0, 0), self._tokens.second(second)
+            )
             if second < last - 1:
                 slot.summary = summary
             series.append(summary)
@@ -340,7 +314,7 @@ class Metrics:
         return self._newest
 
 
-def _summary(slot: Slot, load: Load) -> Second:
+def _summary(slot: Slot, load: Load, tokens: Tokens | None) -> Second:
     depth = max(slot.depth, load.queue_depth)
     return Second(
         second=slot.second,
@@ -356,14 +330,8 @@ def _summary(slot: Slot, load: Load) -> Second:
         latency=percentiles(slot.latency),
         queue_time=percentiles(slot.queue_time),
         model_time=percentiles(slot.model_time),
+        tokens=tokens,
     )
-
-
-def _merge(counters: Iterable[Counter[int]]) -> Counter[int]:
-    total: Counter[int] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total
 
 
 def _by_member(members: type[E], counts: Counter[E]) -> dict[E, int]:

@@ -37,7 +37,13 @@ class Work(NamedTuple):
     sequences: int = 1
     longest: int = 1  # tokens of its longest sequence
     context_tokens: int = 0  # in its cache, read by the step and not computed again
+    most_context: int | None = None  # tokens in its cache once it has ended, at most; None: it has no cache
     packed_tokens: int | None = None  # of all its sequences, added up; None: sequences x longest
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a step may compute only the first of its tokens. What has a cache can go on behind them."""
+        return self.most_context is not None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +87,7 @@ class Part(NamedTuple):
     """One item in a step: its sequence, and the tokens that it may compute in this step."""
 
     prepared: AnyPrepared
-    tokens: int
+    tokens: int  # fewer than its work only where that is divisible
     streamed: bool = False  # whether its client takes the answer in chunks
 
 
@@ -91,10 +97,12 @@ class Done(NamedTuple):
     Attributes:
         output: `finish` makes the answer of it.
         chunk: What a stream passes on before the answer; None: nothing.
+        generated: Tokens that this step has added to a text.
     """
 
     output: object
     chunk: object = None
+    generated: int = 0
 
 
 class More(NamedTuple):
@@ -103,10 +111,12 @@ class More(NamedTuple):
     Attributes:
         chunk: What a stream passes on now; None: nothing.
         work: What its next step costs.
+        generated: Tokens that this step has added to a text; 0: it has computed a part of the prompt.
     """
 
     chunk: object = None
     work: Work = Work()
+    generated: int = 0
 
 
 class Failed(NamedTuple):
@@ -156,6 +166,7 @@ class Limits:
     max_batch_size: Limit | None = None  # items in one step; None: any number
     layout: Layout = PADDED
     sharing_obstacle: str = ""  # why equal inputs cannot share a computation; empty: see `samples`
+    cache: Limit | None = None  # tokens that the caches of all sequences may hold; None: it has no caches
 
 
 class Model(Protocol):
@@ -191,7 +202,11 @@ class Model(Protocol):
         """Make the client's answer of the output of one item."""
 
     def release(self, prepared: AnyPrepared) -> None:
-        """Give back what an item holds (its cache). Called once it has ended in any way; idempotent."""
+        """Give back what an item holds (its cache); idempotent.
+
+        Called once it has ended in any way, and before that where others need the memory: then its next step
+        computes again what the cache held.
+        """
 
     def classify(self, error: BaseException) -> FailureKind:
         """Which kind of failure an exception of this model is. Any thread."""

@@ -96,6 +96,30 @@ class BatchRecord:
         return self.finished - self.started
 
 
+class TokensRecord(NamedTuple):
+    """The tokens that one step of continuous batching has computed.
+
+    Attributes:
+        at: When the step ended.
+        prompt_tokens: Of prompts, also of those that are computed again.
+        new_tokens: Of texts.
+        first_token_s: Arrival to first token, of the items that got theirs.
+        inter_token_s: Since the token before, for each token of the other items.
+    """
+
+    at: float
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: tuple[float, ...]
+    inter_token_s: tuple[float, ...]
+
+
+class EvictedRecord(NamedTuple):
+    """Sequences have given their caches back to others, and will be computed again."""
+
+    sequences: int
+
+
 class DropRecord(NamedTuple):
     """An item that was admitted has ended without an answer: for lack of time, not by a failure.
 
@@ -156,7 +180,16 @@ class Incident:
         return f"incident {self.id} ({self.outcome}): {self.error}\n{self.traceback}".rstrip()
 
 
-Record = RequestRecord | BatchRecord | DropRecord | FailureRecord | BreakerRecord | CostReleasedRecord
+Record = (
+    RequestRecord
+    | BatchRecord
+    | TokensRecord
+    | EvictedRecord
+    | DropRecord
+    | FailureRecord
+    | BreakerRecord
+    | CostReleasedRecord
+)
 
 
 def shorten(text: str, most: int) -> str:

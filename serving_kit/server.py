@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Unpack
 
 from serving_kit.circular_waits import refuse_circle, waiting_for
+from serving_kit.durations import HISTORY_S
 from serving_kit.errors import MalformedRequest, ServingError, Stopping
 from serving_kit.inline_server import InlineServer, ServerGone
-from serving_kit.metrics import HISTORY_S
 from serving_kit.notebook import process_settings
 from serving_kit.records import BatchReason, Incident
 from serving_kit.script import stop_signals

@@ -205,7 +205,8 @@ class Service:
         cost = CostModel(packed=self.layout.packed)
         for timing in model.timings:
             cost.observe(*timing)
-        engine = Engine(Scheduler(settings, cost, self.layout), canary=model.example, retry=retry)
+        scheduler = Scheduler(settings, cost, self.layout, model.limits.cache)
+        engine = Engine(scheduler, canary=model.example, retry=retry)
         self.batcher = Batcher(model, engine, self.telemetry.report, clock=clock, make_worker=make_worker)
         self._submitter = Submitter(self.batcher)
         self._tuning = threading.Lock()

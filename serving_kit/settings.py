@@ -43,6 +43,8 @@ class Knobs(TypedDict, total=False):
     expose_errors: bool
     max_body_bytes: int | Auto
     share_equal_inputs: bool
+    max_cache_tokens: int | Auto
+    inter_token_target_ms: float
 
 
 def _knob(spec: Spec) -> Any:
@@ -158,6 +160,29 @@ class Settings:
             "another",
         )
     )
+    max_cache_tokens: int | Auto = _knob(
+        Whole(
+            1,
+            2**31,
+            default="auto",
+            unit="tokens",
+            auto=True,
+            owner="scheduling",
+            doc="continuous batching: tokens in the caches of all texts that are being generated; auto: what "
+            "a quarter of the free memory holds",
+        )
+    )
+    inter_token_target_ms: float = _knob(
+        Number(
+            1,
+            60_000,
+            default=100.0,
+            unit="ms",
+            owner="scheduling",
+            doc="continuous batching: prompts are computed in chunks, so that the time between two tokens of "
+            "a text stays within this",
+        )
+    )
 
     def __post_init__(self) -> None:
         for name, spec in KNOBS.items():
@@ -177,6 +202,11 @@ class Settings:
     def stream_timeout_s(self) -> float:
         """`stream_timeout_ms` in seconds."""
         return self.stream_timeout_ms / 1000
+
+    @property
+    def inter_token_target_s(self) -> float:
+        """`inter_token_target_ms` in seconds."""
+        return self.inter_token_target_ms / 1000
 
     def replace(self, /, **changes: Unpack[Knobs]) -> Settings:
         """A copy with some knobs changed; `self` stays as it is.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from serving_kit.records import Outcome
-from serving_kit.status import CoreStatus, Percentiles, Second, ServerStatus, Statistics, Window
+from serving_kit.status import CoreStatus, Percentiles, Second, ServerStatus, Statistics, Tokens, Window
 
 JSON = dict[str, Any]
 _COUNTED = (Outcome.OK, Outcome.SHED, Outcome.EXPIRED, Outcome.FAILED, Outcome.UNAVAILABLE)
@@ -17,7 +17,7 @@ _COUNTED = (Outcome.OK, Outcome.SHED, Outcome.EXPIRED, Outcome.FAILED, Outcome.U
 
 def stats_json(status: ServerStatus, statistics: Statistics) -> JSON:
     """Everything, as one JSON object; `series` and `changes` only where the statistics have a series."""
-    return {**_status(status), **_statistics(statistics)}
+    return {**_status(status), **_statistics(statistics), "generation": _generation(status, statistics)}
 
 
 def _status(status: ServerStatus) -> JSON:
@@ -70,6 +70,31 @@ def _statistics(statistics: Statistics) -> JSON:
     return document
 
 
+def _generation(status: ServerStatus, statistics: Statistics) -> JSON | None:
+    """Of a model with continuous batching; None: of another one."""
+    caches, totals = status.core.caches, statistics.tokens
+    if caches is None:
+        return None
+    return {
+        "running": caches.sequences,
+        "cached_tokens": caches.tokens,
+        "max_cache_tokens": caches.limit.value,
+        "prompt_tokens": totals.prompt,
+        "generated_tokens": totals.generated,
+        "evicted_sequences": totals.evicted_sequences,
+        "window": _tokens(statistics.window.tokens),
+    }
+
+
+def _tokens(tokens: Tokens) -> JSON:
+    return {
+        "prompt_tokens_per_s": round(tokens.prompt_per_s, 1),
+        "generated_tokens_per_s": round(tokens.generated_per_s, 1),
+        "first_token_ms": _milliseconds(tokens.first_token),
+        "inter_token_ms": _milliseconds(tokens.inter_token),
+    }
+
+
 def _window(window: Window) -> JSON:
     return {
         "seconds": window.duration_s,
@@ -105,6 +130,7 @@ def _second(second: Second) -> JSON:
         "latency_ms": _milliseconds(second.latency),
         "queue_wait_ms": _milliseconds(second.queue_time),
         "forward_ms": _milliseconds(second.model_time),
+        "tokens": None if second.tokens is None else _tokens(second.tokens),
     }
 
 

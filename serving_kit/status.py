@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from serving_kit.failures.breaker import Gate
-from serving_kit.model import FailureKind, Layout
+from serving_kit.model import FailureKind, Layout, Limit
 from serving_kit.records import BatchReason, Drop, Outcome
 from serving_kit.settings import Settings
 
@@ -37,6 +37,14 @@ class Load(NamedTuple):
 
     queue_depth: int  # items that wait
     in_flight: int  # items admitted and not yet answered
+
+
+class Caches(NamedTuple):
+    """The caches of the texts that are being generated."""
+
+    sequences: int  # that have begun and not ended
+    tokens: int  # in their caches, as of their last steps
+    limit: Limit  # most tokens in them, and why
 
 
 class Running(NamedTuple):
@@ -63,6 +71,7 @@ class CoreStatus:
     unavailable_reason: str  # why no request can be answered now; fit for clients; empty: requests can be
     degraded_reason: str  # why it is not certain that requests can be answered; empty: there is no reason
     settings: Settings
+    caches: Caches | None = None  # None: the model has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,23 @@ class Percentiles(NamedTuple):
     p99_s: float | None
 
 
+class Tokens(NamedTuple):
+    """What continuous batching has computed in a time."""
+
+    prompt_per_s: float
+    generated_per_s: float
+    first_token: Percentiles  # arrival to the first token of a text
+    inter_token: Percentiles  # time between two tokens of a text
+
+
+class TokenTotals(NamedTuple):
+    """The same since the start."""
+
+    prompt: int
+    generated: int
+    evicted_sequences: int  # that gave their caches back to others, and were computed again
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Rates and percentiles over the last `duration_s` seconds."""
@@ -106,6 +132,7 @@ class Window:
     latency: Percentiles  # arrival to answer
     queue_time: Percentiles  # arrival to the start of the batch
     model_time: Percentiles  # per batch
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +152,7 @@ class Second:
     latency: Percentiles
     queue_time: Percentiles
     model_time: Percentiles
+    tokens: Tokens | None = None  # None: no step of continuous batching has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +174,7 @@ class Statistics:
     wasted_items: int  # of these: the client had left, or the deadline had passed, when the batch ended
     dropped_items: Mapping[Drop, int]  # admitted, and ended without an answer for lack of time
     shared_items: int  # inputs that were not run: they joined the computation of an equal one
+    tokens: TokenTotals
     window: Window
     series: tuple[Second, ...] = ()  # oldest first; empty: not asked for
     changes: tuple[SettingsChange, ...] = ()  # oldest first; only with `series`

@@ -19,9 +19,11 @@ from serving_kit.records import (
     BreakerRecord,
     CostReleasedRecord,
     DropRecord,
+    EvictedRecord,
     FailureRecord,
     Record,
     RequestRecord,
+    TokensRecord,
 )
 
 
@@ -67,6 +69,10 @@ class Telemetry:
         """Take a record of the engine: tell observers of steps and drops, keep a failure, log the rest."""
         if isinstance(record, BatchRecord):
             self.step_observers(record)
+        elif isinstance(record, TokensRecord):
+            self.metrics.add_tokens(record)
+        elif isinstance(record, EvictedRecord):
+            self.metrics.add_evicted(record.sequences)
         elif isinstance(record, DropRecord):
             self.drop_observers(record)
         elif isinstance(record, FailureRecord):

@@ -23,7 +23,7 @@ from serving_kit.errors import ServingError, Stopping
 from serving_kit.incidents import make_incident
 from serving_kit.model import Model
 from serving_kit.records import FailureRecord
-from serving_kit.status import CoreStatus, Load, Running
+from serving_kit.status import Caches, CoreStatus, Load, Running
 
 THREAD_NAME = "serving-kit-model"
 _JOIN_S = 0.1  # for a thread that has reported its end
@@ -118,7 +118,7 @@ class Handover:
             unavailable = self.engine.unavailable_reason(now)
             if not unavailable and not alive:
                 unavailable = "the model thread has died and is being started again"
-            released = scheduler.degraded_reason(now)
+            released, cache = scheduler.degraded_reason(now), scheduler.cache_limit()
             return CoreStatus(
                 load=Load(scheduler.queue_depth, scheduler.in_flight),
                 settings=scheduler.settings,
@@ -133,6 +133,7 @@ class Handover:
                 token_s=scheduler.cost.b,
                 max_batch_tokens=scheduler.token_budget(),
                 memory_limit_tokens=scheduler.memory_limit.lowest(now),
+                caches=None if cache is None else Caches(scheduler.running, scheduler.cached_tokens(), cache),
             )
 
     def _next(self) -> tuple[Action, Output, float]:

@@ -34,6 +34,7 @@ from serving_kit.model import (
     FailureKind,
     Input,
     Layout,
+    Limit,
     Limits,
     More,
     Part,
@@ -73,7 +74,13 @@ class State:
 
     query: Query
     steps_done: int = 0
-    tried: int = -1  # the `steps_done` of its last step
+    cached: int = 0  # tokens in its cache, of a model that generates
+    tried: tuple[int, int] | None = None  # `steps_done` and `cached` at its last step
+
+    @property
+    def rest(self) -> int:
+        """Tokens that are not in its cache yet."""
+        return self.query.tokens + self.steps_done - self.cached
 
 
 class SimulatedModel:
@@ -88,7 +95,10 @@ class SimulatedModel:
         self.play, self._dice, self._retry = play, dice, retry
         self.example = Input(Query(-1, 3), {}) if dice.random() < 0.6 else None
         self.a_s, self.b_s = dice.choice([1e-4, 0.01, 0.3]), dice.choice([0.0, 1e-5, 1e-3])
-        self.limits = Limits(layout=dice.choice([PADDED, Layout(packed=True, reason="simulated")]))
+        layout = dice.choice([PADDED, Layout(packed=True, reason="simulated")])
+        self.generates = layout.packed and play.more.random() < 0.5
+        cache = Limit(play.more.choice([90, 90, 10_000]), "simulated") if self.generates else None
+        self.limits = Limits(layout=layout, cache=cache)
         self.behaviour = "ok"
         self.fits = self.least_fits = 10**9  # computed tokens
         self.cause = Cause.NONE  # of the last step
@@ -108,7 +118,8 @@ class SimulatedModel:
             raise InputRejected("rejected")
         if value.bad == "prepare":
             raise ValueError("prepare")
-        prepared = Prepared(State(value), Work(longest=value.tokens), parameters.get("key", 0))
+        state = State(value)
+        prepared = Prepared(state, self._work(state, value.tokens), parameters.get("key", 0))
         self.held.add(id(prepared))
         self.play.keep.append(prepared)
         return prepared
@@ -120,12 +131,17 @@ class SimulatedModel:
         states: list[State] = [part.prepared.payload for part in parts]
         keys = {part.prepared.key for part in parts}
         self.play.check(len(keys) == 1, "items of several keys share a step")
-        held = {id(part.prepared) for part in parts} <= self.held
-        self.play.check(held, "an item runs after it was released")
-        for state in states:
-            again = state.tried == state.steps_done
+        ids = {id(part.prepared) for part in parts}
+        # A sequence whose cache was given back runs again; one that has ended is found in the end.
+        self.held |= ids if self.generates else set()
+        self.play.check(ids <= self.held, "an item runs after it was released")
+        for part, state in zip(parts, states, strict=True):
+            again = state.tried == (state.steps_done, state.cached)
             self.play.check(self._retry or not again, "an input runs again without retry")
-            state.tried = state.steps_done
+            state.tried = state.steps_done, state.cached
+            self.play.check(
+                not self.generates or 1 <= part.tokens <= state.rest, "a share is larger than what is left"
+            )
         if self.behaviour == "hangs":
             took += self._dice.choice([1.0, 20.0, 100.0])
         self.play.clock.ahead_s += took * self._dice.choice([0.5, 1.0, 1.0, 1.5])
@@ -139,16 +155,26 @@ class SimulatedModel:
         if cause is not Cause.NONE:
             raise RuntimeError("step")
         results: list[StepResult] = []
-        for state in states:
+        for part, state in zip(parts, states, strict=True):
+            state.cached += part.tokens
             if state.query.bad == "part":
                 results.append(PartFailed(ValueError("part")))
+            elif self.generates and state.rest:
+                results.append(More(work=self._work(state, state.rest)))
+                continue
             elif state.steps_done + 1 < state.query.steps:
-                results.append(More((state.query.number, state.steps_done), Work(longest=1)))
+                chunk = state.query.number, state.steps_done
+                results.append(More(chunk, self._work(state, 1), generated=1))
             else:
-                results.append(Done(state.query.number))
-        for state in states:
+                results.append(Done(state.query.number, generated=1))
             state.steps_done += 1
         return results
+
+    def _work(self, state: State, tokens: int) -> Work:
+        if not self.generates:
+            return Work(longest=tokens)
+        most = state.query.tokens + state.query.steps
+        return Work(longest=tokens, packed_tokens=tokens, context_tokens=state.cached, most_context=most)
 
     def _why_not(self, states: Sequence[State], tokens: int) -> Cause:
         if tokens > self.fits:
@@ -164,6 +190,7 @@ class SimulatedModel:
 
     def release(self, prepared: Prepared[State]) -> None:
         self.held.discard(id(prepared))
+        prepared.payload.cached, prepared.payload.tried = 0, None
 
     def classify(self, error: BaseException) -> FailureKind:
         return classify.kind(error)
@@ -191,7 +218,7 @@ class Play:
     broken: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.dice = random.Random(self.seed)
+        self.dice, self.more = random.Random(self.seed), random.Random(f"more of {self.seed}")
         self.clock = Clock(self.loop)
 
     @property
@@ -266,6 +293,8 @@ class Play:
             timeout_ms=dice.choice([50, 1000, 10_000]),
             group_by_length=dice.random() < 0.5,
             drop_hopeless=dice.random() < 0.7,
+            max_cache_tokens=self.more.choice(["auto", "auto", "auto", 90]),
+            inter_token_target_ms=self.more.choice([1, 100, 1000]),
         )
 
     async def _disturb(self, group: asyncio.TaskGroup) -> None:
@@ -353,7 +382,10 @@ class Play:
         dice = self.dice
         kinds = ["prepare", "rejected", "step", "part", "finish", "memory"]
         bad = dice.choice(kinds) if dice.random() < 0.1 else ""
-        return Query(number, dice.choice([1, 3, 10, 40]), dice.choice([1, 1, 1, 2, 8]), bad)
+        tokens, steps = dice.choice([1, 3, 10, 40]), dice.choice([1, 1, 1, 2, 8])
+        if self.models[-1].generates:
+            steps = self.more.choice([1, 40, 40])
+        return Query(number, tokens, steps, bad)
 
     # -- what must hold --------------------------------------------------------------------------
 

@@ -2,13 +2,11 @@
 
 import random
 import tracemalloc
-from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from serving_kit.metrics import HISTORY_S, Metrics, bucket, percentiles
+from serving_kit.durations import HISTORY_S
+from serving_kit.metrics import Metrics
 from serving_kit.model import FailureKind
 from serving_kit.records import BatchReason, BatchRecord, Drop, DropRecord, Outcome, RequestRecord
 from serving_kit.status import Load, Percentiles
@@ -22,18 +20,6 @@ def request(finished: float, latency: float = 0.01, outcome: Outcome = Outcome.O
 
 def batch(finished: float, size: int, reason: BatchReason = BatchReason.IDLE) -> BatchRecord:
     return BatchRecord(finished - 0.1, finished, size, size * 8, size * 10, reason, 0.0, 3, 1, True)
-
-
-@given(st.lists(st.floats(1e-6, 1000), min_size=1, max_size=200))
-def test_percentile_error(values: list[float]) -> None:
-    """A percentile is within 2 % of the true one."""
-    true = [sorted(values)[int(q * (len(values) - 1))] for q in (0.5, 0.95, 0.99)]
-    assert percentiles(Counter(map(bucket, values))) == pytest.approx(true, rel=0.021, abs=1e-6)
-
-
-@pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-9, 1e-6])
-def test_bucket_of_tiny_durations(seconds: float) -> None:
-    assert bucket(seconds) == 0
 
 
 def test_window_without_samples() -> None:

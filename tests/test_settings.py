@@ -30,6 +30,8 @@ def test_defaults() -> None:
         "expose_errors": False,
         "max_body_bytes": "auto",
         "share_equal_inputs": False,
+        "max_cache_tokens": "auto",
+        "inter_token_target_ms": 100.0,
     }
 
 

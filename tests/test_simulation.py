@@ -14,6 +14,7 @@ from serving_kit.events import Done
 from serving_kit.failures.breaker import Breaker
 from serving_kit.failures.memory_limit import MemoryLimit
 from serving_kit.items import Item
+from serving_kit.scheduling import sequences
 from serving_kit.scheduling.scheduler import Scheduler
 from tests.simulator import Broken, SimulatedModel, play, play_in_processes, play_many
 
@@ -123,6 +124,14 @@ MUTANTS = {
     ),
     "the youngest joins first": (_wrap(Scheduler, "_go_on", _youngest_first), "joins before an older one"),
     "what was cancelled goes on": (_wrap(Scheduler, "cancel", _run_on), "an item runs that has left"),
+    "a prompt starts without room in the cache": (
+        lambda patch: patch.setattr(sequences, "_with_room", lambda holding, new, cache: list(new)),
+        "the caches hold more than they may",
+    ),
+    "no sequence gives its cache back": (
+        lambda patch: patch.setattr(sequences, "_evicted", lambda holding, cache: []),
+        "the caches hold more than they may",
+    ),
     "a lost device is used on": (
         _wrap(Breaker, "latch", lambda latch, self, reason: False),
         "though the device is lost",

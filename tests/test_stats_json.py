@@ -6,11 +6,19 @@ import pytest
 
 from serving_kit.failures.breaker import Gate
 from serving_kit.metrics import Metrics
-from serving_kit.model import Layout
-from serving_kit.records import BatchReason, BatchRecord, Drop, DropRecord, Outcome, RequestRecord
+from serving_kit.model import Layout, Limit
+from serving_kit.records import (
+    BatchReason,
+    BatchRecord,
+    Drop,
+    DropRecord,
+    Outcome,
+    RequestRecord,
+    TokensRecord,
+)
 from serving_kit.settings import Settings
 from serving_kit.stats_json import JSON, stats_json
-from serving_kit.status import CoreStatus, Load, ServerStatus, State
+from serving_kit.status import Caches, CoreStatus, Load, ServerStatus, State
 
 pytestmark = pytest.mark.light
 
@@ -36,13 +44,15 @@ def core(**changes: object) -> CoreStatus:
     return CoreStatus(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def document(series: int = 0) -> JSON:
+def document(series: int = 0, **changes: object) -> JSON:
     metrics = Metrics()
     metrics.add_arrival(10.0, queue_depth=1, in_flight=2)
     metrics.add_request(RequestRecord(10.0, 10.1, Outcome.OK, 1, 0.02, 0.05))
     metrics.add_request(RequestRecord(10.0, 10.2, Outcome.CANCELLED, 1, None, None))
     metrics.add_batch(BatchRecord(10.0, 10.05, 2, 12, 16, BatchReason.FULL, 0.0, 0, 0, True))
     metrics.add_drop(DropRecord(10.0, 1.0, Drop.HOPELESS))
+    if changes:
+        metrics.add_tokens(TokensRecord(10.6, 40, 3, (0.2,), (0.05, 0.06)))
     metrics.add_change(10.5, {"max_batch_size": 8})
     status = ServerStatus(
         "default",
@@ -54,7 +64,7 @@ def document(series: int = 0) -> JSON:
         ("a note",),
         Layout(packed=True, reason="tried"),
         1.23456,
-        core(),
+        core(**changes),
     )
     return stats_json(status, metrics.statistics(12.0, series, status.core.load))
 
@@ -66,8 +76,9 @@ def test_keys_and_units() -> None:
         *("name", "model", "task", "device", "precision", "state", "reason", "notes", "layout", "uptime_s"),
         *("queue_depth", "in_flight", "settings", "cost"),
         *("requests", "batches", "faults", "items", "wasted_items", "dropped_items", "shared_items"),
-        "window",
+        *("window", "generation"),
     ]
+    assert stats["generation"] is None
     assert (stats["state"], stats["notes"], stats["uptime_s"]) == ("ready", ["a note"], 1.235)
     assert type(stats["state"]) is str
     assert stats["precision"] == "exact"
@@ -84,6 +95,26 @@ def test_keys_and_units() -> None:
     assert stats["batches"]["full"] == 1
     assert stats["dropped_items"] == {"expired": 0, "hopeless": 1}
     assert stats["layout"] == {"packed": True, "reason": "tried"}
+
+
+def test_generation() -> None:
+    caches = Caches(2, 90, Limit(4096, "max_cache_tokens"))
+    stats = document(series=3, caches=caches)
+    generation = stats["generation"]
+    window = generation.pop("window")
+    assert generation == {
+        "running": 2,
+        "cached_tokens": 90,
+        "max_cache_tokens": 4096,
+        "prompt_tokens": 40,
+        "generated_tokens": 3,
+        "evicted_sequences": 0,
+    }
+    assert (window["prompt_tokens_per_s"], window["generated_tokens_per_s"]) == (20.0, 1.5)
+    assert window["first_token_ms"]["p50"] == pytest.approx(200, rel=0.03)
+    assert window["inter_token_ms"]["p99"] == pytest.approx(50, rel=0.25)
+    assert [each["tokens"] is None for each in stats["series"]] == [False, True, True]
+    assert stats["series"][0]["tokens"].keys() == window.keys()
 
 
 def test_window() -> None:
@@ -104,8 +135,9 @@ def test_series() -> None:
     assert list(first) == [
         *("second", "arrivals", "ok", "shed", "expired", "failed", "unavailable", "other"),
         *("queue_depth", "in_flight", "sizes", "reasons", "padding", "busy", "samples"),
-        *("latency_ms", "queue_wait_ms", "forward_ms"),
+        *("latency_ms", "queue_wait_ms", "forward_ms", "tokens"),
     ]
+    assert first["tokens"] is None
     assert (first["second"], first["ok"], first["other"], first["arrivals"]) == (10, 1, 1, 1)
     assert (first["sizes"], first["reasons"], first["padding"]) == ({"2": 1}, {"full": 1}, 0.25)
     assert first["queue_wait_ms"].keys() == PERCENTILES

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from serving_kit import __version__
+from serving_kit.durations import HISTORY_S
 from serving_kit.errors import MalformedRequest, SettingError
 from serving_kit.http import openapi
 from serving_kit.http.access import PRIVATE_HEADERS, Level
@@ -26,7 +27,7 @@ from serving_kit.http.client_watch import ClientWatch
 from serving_kit.http.endpoints import SERVICE, Endpoint
 from serving_kit.http.openapi import Schema, Subject
 from serving_kit.http.strict_json import dump_json, parse_json
-from serving_kit.metrics import HISTORY_S, gauge
+from serving_kit.metrics import gauge
 from serving_kit.models.tasks import parameters_schema
 from serving_kit.notebook import assets
 from serving_kit.service import Service
@@ -77,6 +78,8 @@ async def live(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """GET /info: what is served, and by which version."""
     service = _service(request)
+    caches = service.core_status().caches
+    cache = None if caches is None else caches.limit
     return _json(
         {
             "name": service.name,
@@ -88,6 +91,7 @@ async def info(request: Request) -> Response:
             "max_batch_size": service.settings.max_batch_size,
             "notes": service.notes,
             "layout": service.layout._asdict(),
+            "max_cache_tokens": None if cache is None else cache._asdict(),
             "version": __version__,
         }
     )

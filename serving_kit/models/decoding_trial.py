@@ -9,8 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from serving_kit.model import Limit
 from serving_kit.models import generating
 from serving_kit.models.decoding import Decoder
+from serving_kit.models.free_memory import free_bytes
 from serving_kit.models.generating import Generating, Rules
 from serving_kit.models.pipes import Pipe, tokenizer_of
 from serving_kit.models.text_pieces import TextPieces
@@ -18,8 +20,10 @@ from serving_kit.models.text_pieces import TextPieces
 if TYPE_CHECKING:
     import torch
 
-_LENGTHS, _MORE = (5, 12, 3), 3  # tokens of the prompts, and steps after them
+_LENGTHS, _MORE = (5, 12, 4), 4  # tokens of the prompts, and steps after the first
+_CHUNK = 3  # tokens of the first part of each prompt
 _LONGEST_WINDOW = 64  # a window up to this is tried past its end
+_FEWEST, _UNKNOWN = 2048, 2**31 - 1  # tokens of all caches
 _ROUNDING = 1e-4  # of the largest logit; half precision: 3e-2
 _HALF_ROUNDING = 3e-2
 
@@ -42,6 +46,22 @@ def make_decoder(pipe: Pipe) -> tuple[Decoder | None, str]:
     return decoder, "sequences join and leave at every step"
 
 
+def cache_limit(pipe: Pipe, decoder: Decoder) -> Limit:
+    """How many tokens the caches may hold: a quarter of the memory that is free now.
+
+    A quarter, because steps, copies while a cache grows, and other programs need memory as well.
+    """
+    free = free_bytes(pipe.device)
+    if free is None or not decoder.token_bytes:
+        return Limit(_UNKNOWN, "it is not known how much memory is free")
+    tokens = free // 4 // decoder.token_bytes
+    if tokens < _FEWEST:
+        return Limit(
+            _FEWEST, f"hardly any memory was free when the model was loaded ({free / 2**30:.1f} GiB)"
+        )
+    return Limit(tokens, f"a quarter of the {free / 2**30:.1f} GiB that were free when the model was loaded")
+
+
 def _try_parameters(pipe: Pipe) -> None:
     """Raise where the parameters of a call cannot be read as `generate` reads them."""
     chunk = pipe.preprocess("a word", **pipe._preprocess_params)
@@ -57,12 +77,17 @@ def _difference(pipe: Pipe, decoder: Decoder) -> float:
     sequences = [_sequence(pipe, length) for length in _lengths(pipe)]
     with torch.inference_mode():
         for step in range(_MORE + 1):
-            running = sequences[: 1 + step] if step else sequences[:1]  # they join one after the other
-            logits = decoder.logits(running)
-            for sequence, row in zip(running, logits, strict=True):
-                worst = max(worst, _distance(_alone(pipe, sequence.ids), row))
-                sequence.cache.commit(len(sequence.ids) - sequence.cache.length)
-                sequence.ids.append(int(row.argmax()))
+            running = sequences[: 1 + step]  # they join one after the other
+            # A new prompt is cut: its first tokens now, the others beside the next tokens of those before it.
+            most = [_CHUNK if not each.cache.length else len(each.ids) for each in running]
+            logits = decoder.logits(running, most)
+            for sequence, row, tokens in zip(running, logits, most, strict=True):
+                seen = min(sequence.cache.length + tokens, len(sequence.ids))
+                worst = max(worst, _distance(_alone(pipe, sequence.ids[:seen]), row))
+                sequence.cache.commit(seen - sequence.cache.length)
+                if seen == len(sequence.ids):
+                    sequence.ids.append(int(row.argmax()))
+    decoder.token_bytes = sequences[0].cache.token_bytes
     return worst
 
 

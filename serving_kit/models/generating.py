@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PLAIN = frozenset({"MaxLengthCriteria", "EosTokenCriteria"})
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Generating:
     """A sequence on its way. Model thread only.
 
@@ -36,6 +36,7 @@ class Generating:
         random: Its own random numbers; None: it takes the most likely token.
         pieces: Decodes its text as it grows.
         logprobs: Of the generated tokens, natural logarithms; None: they are not asked for.
+        ended: Whether its text is complete.
     """
 
     ids: list[int]
@@ -45,6 +46,7 @@ class Generating:
     cache: SequenceCache = field(default_factory=SequenceCache)
     random: torch.Generator | None = None
     logprobs: list[float] | None = None
+    ended: bool = False
 
     @property
     def unseen(self) -> list[int]:

@@ -107,7 +107,7 @@ def _ready(
     Raises:
         StartError: it raises for its own example.
     """
-    model = build_pipeline_model(pipe, name, shortcuts=shortcuts)
+    model = build_pipeline_model(pipe, name, shortcuts=shortcuts, handed_over=handed_over)
     if model.device == "cpu":
         keep_freed_memory()
     try:

@@ -38,6 +38,7 @@ from serving_kit.models import memory
 from serving_kit.models.bfloat16 import in_float32
 from serving_kit.models.changes import GivenPipeline
 from serving_kit.models.decoding import Decoder
+from serving_kit.models.decoding_trial import cache_limit
 from serving_kit.models.pipes import Output, Parameters, Pipe
 from serving_kit.models.positions import most_positions
 from serving_kit.models.preparing import Preparer, Tokenised
@@ -161,8 +162,8 @@ class PipelineModel:
 
     def release(self, prepared: Prepared[Tokenised]) -> None:
         """Give back the cache of a text that is generated. Model thread."""
-        if prepared.payload.sequence is not None:
-            prepared.payload.sequence.cache.clear()
+        if self.decoder is not None:
+            self.decoder.release(prepared)
 
     def classify(self, error: BaseException) -> FailureKind:
         """See `classify.kind`, which knows the errors of torch. Any thread."""
@@ -170,16 +171,21 @@ class PipelineModel:
 
     def free_memory(self, error: BaseException, *, thorough: bool) -> None:
         """See `memory.free_memory`. Model thread."""
+        if self.decoder is not None:
+            self.decoder.free_memory()
         memory.free_memory(error, thorough=thorough)
 
 
-def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True) -> PipelineModel:
+def build_pipeline_model(
+    given: Pipe, name: str = "", *, shortcuts: bool = True, handed_over: bool = True
+) -> PipelineModel:
     """Make a model of a pipeline: copies its modules and times a layer. Does not warm it up.
 
     Args:
         given: The pipeline. Nothing in it is changed.
         name: Shown to clients; empty: that of its model.
         shortcuts: Whether work may be left out that no answer shows (`mask_head.py`, `fast_linear.py`).
+        handed_over: Whether others may call the pipeline: then its tokenizer is copied.
 
     Raises:
         StartError: the pipeline may open what clients send, its tokenizer cannot be copied, or its model is
@@ -187,7 +193,7 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     """
     from transformers.pipelines.base import ChunkPipeline
 
-    task, pipe = contract(given), own_pipeline(given)
+    task, pipe = contract(given), own_pipeline(given, copied=handed_over)
     pipe.task = task_name(pipe.task)
     steps = task_steps(pipe.task)
     max_tokens = most_positions(pipe)
@@ -196,6 +202,9 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
     preparer = Preparer(pipe, task, steps, chunked, max_tokens)
     chosen = choose_shortcuts(pipe, preparer, stepper, obstacle, shortcuts=shortcuts)
     limit = Limit(1, chosen.obstacle) if chosen.obstacle and chosen.decoder is None else None
+    cache = None if chosen.decoder is None else cache_limit(pipe, chosen.decoder)
+    if chosen.decoder is not None and cache is not None:
+        chosen.decoder.keep_prompts(cache.value // 8)
     return PipelineModel(
         name or short_name(str(getattr(given.model, "name_or_path", "") or type(given.model).__name__)),
         pipe,
@@ -203,7 +212,7 @@ def build_pipeline_model(given: Pipe, name: str = "", *, shortcuts: bool = True)
         preparer,
         chosen.stepper,
         GivenPipeline(weakref.ref(given), given.model, given.tokenizer, chosen.structure),
-        Limits(limit, chosen.layout, sharing_obstacle(pipe)),
+        Limits(limit, chosen.layout, sharing_obstacle(pipe), cache),
         chosen.notes,
         decoder=chosen.decoder,
     )

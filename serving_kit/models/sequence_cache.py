@@ -10,12 +10,16 @@ Not here: attention (`cached_attention.py`), which sequences run (`scheduling/`)
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-_BLOCK = 64  # tokens; a cache grows to twice its size, in whole blocks
+Layers = dict[int, "tuple[torch.Tensor, torch.Tensor]"]  # by number: keys and values of all tokens so far
+
+_BLOCK = 64  # tokens; a cache grows by a quarter, in whole blocks, up to what its text may have
+_GROWTH = 1.25
 
 
 class SequenceCache:
@@ -23,18 +27,27 @@ class SequenceCache:
 
     Attributes:
         length: Tokens whose keys and values count.
+        most: Tokens that it may ever hold; None: not known.
+        layers: Its memory. What counts of it is never changed.
     """
 
-    __slots__ = ("_layers", "length")
+    __slots__ = ("layers", "length", "most")
 
     def __init__(self) -> None:
         self.length = 0
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.most: int | None = None
+        self.layers: Layers = {}
 
     @property
     def capacity(self) -> int:
         """Tokens that it has memory for."""
-        return min((keys.shape[2] for keys, _ in self._layers.values()), default=0)
+        return min((keys.shape[2] for keys, _ in self.layers.values()), default=0)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, in all layers that were written."""
+        each = [memory for kept in self.layers.values() for memory in kept]
+        return sum(memory.shape[1] * memory.shape[3] * memory.element_size() for memory in each)
 
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
@@ -47,13 +60,26 @@ class SequenceCache:
             values: The same.
         """
         end = self.length + keys.shape[2]
-        kept = self._layers.get(layer)
+        kept = self.layers.get(layer)
         if kept is None or kept[0].shape[2] < end:
             kept = self._grown(kept, keys, values, end)
-            self._layers[layer] = kept
+            self.layers[layer] = kept
         for memory, new in zip(kept, (keys, values), strict=True):
             memory[:, :, self.length : end] = new
         return kept[0][:, :, :end], kept[1][:, :, :end]
+
+    def take_over(self, layers: Layers, length: int) -> None:
+        """Begin with the first `length` tokens of another cache, by copying them. Of an empty cache only."""
+        for layer, kept in layers.items():
+            self.write(layer, *(memory[:, :, :length] for memory in kept))
+        self.length = length
+
+    def copy(self, length: int) -> Layers:
+        """A copy of its first `length` tokens."""
+        return {
+            layer: (keys[:, :, :length].clone(), values[:, :, :length].clone())
+            for layer, (keys, values) in self.layers.items()
+        }
 
     def commit(self, tokens: int) -> None:
         """Let the `tokens` that were written last count."""
@@ -62,7 +88,7 @@ class SequenceCache:
     def clear(self) -> None:
         """Give the memory back."""
         self.length = 0
-        self._layers.clear()
+        self.layers = {}
 
     def _grown(
         self,
@@ -72,10 +98,11 @@ class SequenceCache:
         end: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for at least `end` tokens, with what counts so far."""
-        blocks = -(-max(end, 2 * self.length) // _BLOCK)
+        wanted = _BLOCK * math.ceil(max(end, _GROWTH * self.length) / _BLOCK)
+        tokens = max(end, wanted if self.most is None else min(wanted, self.most))
         larger = []
         for index, new in enumerate((keys, values)):
-            memory = new.new_empty(1, new.shape[1], blocks * _BLOCK, new.shape[3])
+            memory = new.new_empty(1, new.shape[1], tokens, new.shape[3])
             if kept is not None:
                 memory[:, :, : self.length] = kept[index][:, :, : self.length]
             larger.append(memory)

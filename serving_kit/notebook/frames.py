@@ -63,6 +63,7 @@ def encode_row(point: JSON) -> bytes:
             _three_digits(point["queue_wait_ms"]["p50"]),
             _three_digits(point["forward_ms"]["p50"]),
             None if padding is None else round(padding, 2),
+            _tokens(point["tokens"]),
             step,
             encode_sizes(sizes, step),
             [point["reasons"].get(reason, 0) for reason in REASONS] if sizes else 0,
@@ -86,6 +87,20 @@ def recent_changes(changes: Sequence[JSON]) -> list[JSON]:
     last = {name: id(change) for change in changes for name in change["knobs"]}
     kept = [each for each in changes if each["ago_s"] < SECONDS or id(each) in last.values()]
     return kept[-_MAX_CHANGES:]
+
+
+def _tokens(tokens: JSON | None) -> list[float | None] | int:
+    """What was generated in a second; 0: nothing."""
+    if tokens is None:
+        return 0
+    first, between = tokens["first_token_ms"], tokens["inter_token_ms"]
+    return [
+        _three_digits(tokens["generated_tokens_per_s"]),
+        _three_digits(tokens["prompt_tokens_per_s"]),
+        _three_digits(first["p50"]),
+        _three_digits(between["p50"]),
+        _three_digits(between["p99"]),
+    ]
 
 
 def _three_digits(value: float | None) -> float | None:

@@ -18,10 +18,12 @@ The rules, in the order in which they decide:
 2. The oldest live item is in every batch, so none starves. Items of another key never join it.
 3. The other items are chosen by length: the cheapest cut of the waiting items into batches (`grouping.py`).
    Where the model packs they are the next oldest, and fewer where one more would make another late.
-4. An item that is expired, or cannot be answered in time by its own batch, never starts.
+4. An item that is expired, or cannot be answered in time by its own batch, never starts. Of an item that
+   takes many steps only the deadline counts.
 5. Items that go on after a step are in every following step that has room for them, the oldest first. Waiting
    ones join them where sequences and tokens allow it, the oldest first, and without making the step too long
-   for one that has joined. If the oldest has another key, none joins until it can start.
+   for one that has joined. If the oldest has another key, none joins until it can start. Items of which a
+   step may compute a part are chosen by `sequences.py`.
 
 Not here: sleeping and threads (`batching.py`), what follows from a failure (`engine.py`).
 """
@@ -29,23 +31,30 @@ Not here: sleeping and threads (`batching.py`), what follows from a failure (`en
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import itertools
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from serving_kit.failures.memory_limit import MemoryLimit
 from serving_kit.items import Item, ItemState, computed, longest
-from serving_kit.model import PADDED, Layout
+from serving_kit.model import PADDED, Layout, Limit
 from serving_kit.records import BatchReason, Drop
 from serving_kit.scheduling.admission import Admission, QueueState, Rejected, step_limit_s, token_limit
 from serving_kit.scheduling.closed_loop import ClosedLoop
 from serving_kit.scheduling.cost import CostModel
 from serving_kit.scheduling.grouping import fifo_prefix, group_by_length
+from serving_kit.scheduling.pace import LEAST, Pace
+from serving_kit.scheduling.sequences import Share, advance, decodes
 from serving_kit.scheduling.watchdog import Watchdog
 from serving_kit.settings import Settings
 
 # Grouping looks at the oldest items only: 0.4 ms for 96, and the gain beyond is small (a window of two full
 # batches on a GPU, where batches are large).
 _WINDOW = 96
+_CACHE_KEPT, _CACHE_BOUND_S = 0.75, 300.0  # share of the cached tokens, and how long that is a bound
+_MOST_TOKENS = 1 << 30  # in a step, where nothing else bounds it
 _LONGEST_LOOK_AHEAD = 256  # items beyond `max_batch_size`, however large that is
 
 
@@ -56,17 +65,10 @@ class Batch:
     items: tuple[Item, ...]
     reason: BatchReason
     left_waiting: int
-    packed: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Useful tokens: the items' lengths, added up."""
-        return sum(item.tokens for item in self.items)
-
-    @property
-    def computed_tokens(self) -> int:
-        """Tokens that the model computes."""
-        return computed(self.items, packed=self.packed)
+    tokens: int  # useful ones: the items' lengths, added up
+    computed_tokens: int
+    decoded: int = 0  # items that get their next token without a part of their prompt
+    divisible: bool = False  # whether items could be in it with a part of their tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Decision:
     wake_at: float | None = None
     dropped: tuple[tuple[Item, Drop], ...] = ()
     retry_after_s: float | None = None  # for the hopeless among the dropped; None: unknown
+    evicted: tuple[Item, ...] = ()  # that give their caches back before anything else runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class _Choice:
     items: list[Item]
     reason: BatchReason
     at: float = 0.0
+    shares: Sequence[Share] = ()  # of items of which a step may compute a part
+    evicted: Sequence[Item] = ()  # that give their caches back first
 
 
 class Scheduler:
@@ -95,15 +100,25 @@ class Scheduler:
         settings: May be replaced at any time; counts from the next call.
         cost: The learned cost at first, of a model of this layout.
         layout: Whether the model packs the items of a step.
+        cache: What "auto" means for `max_cache_tokens`; None: the model has no caches.
 
     Attributes:
         draining: Whether new items are refused, and nothing is waited for.
         memory_limit: What has turned out not to fit into memory.
     """
 
-    def __init__(self, settings: Settings, cost: CostModel | None = None, layout: Layout = PADDED) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        cost: CostModel | None = None,
+        layout: Layout = PADDED,
+        cache: Limit | None = None,
+    ) -> None:
         self.settings = settings
         self.layout = layout
+        self.pace = Pace()
+        self._cache = cache
+        self._cache_bound, self._cache_bound_until = math.inf, 0.0  # tokens of caches that did fit lately
         self.cost = cost or CostModel(packed=layout.packed)
         assert self.cost.packed is layout.packed, "a cost of another layout. This is a bug."
         self.memory_limit = MemoryLimit(packed=layout.packed)
@@ -126,10 +141,14 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def running(self) -> int:
+        """Items that have begun and not ended."""
+        return (len(self._running.items) if self._running else 0) + len(self._continuing)
+
+    @property
     def in_flight(self) -> int:
         """Items admitted and not yet ended: waiting and running."""
-        running = len(self._running.items) if self._running else 0
-        return len(self._queue) + running + len(self._continuing)
+        return len(self._queue) + self.running
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -150,11 +169,22 @@ class Scheduler:
         """Seconds that everything admitted so far is expected to take; None: unknown."""
         return self._admission.drain_s(self._queue_state(now), self.settings)
 
-    def ready(self, item: Item, tokens: int, key: Hashable) -> None:
-        """Tell the true length of a waiting item, and which items it may share a step with."""
+    def ready(
+        self, item: Item, tokens: int, key: Hashable, *, divisible: bool = False, context_tokens: int = 0
+    ) -> None:
+        """Tell what is now known of a waiting item.
+
+        Args:
+            item: The item.
+            tokens: Of its first step.
+            key: Items share a step only if theirs are equal.
+            divisible: Whether a step may compute only the first of its tokens.
+            context_tokens: That its cache takes over from another one in its first step.
+        """
         if item.state is ItemState.WAITING:
             self._queued_tokens += tokens - item.tokens
-            item.tokens, item.key = tokens, key
+            item.tokens, item.key, item.divisible = tokens, key, divisible
+            item.context_tokens = context_tokens
             self._admission.prepared(item)
 
     def cancel(self, item: Item) -> bool:
@@ -188,7 +218,10 @@ class Scheduler:
         Only those that the next batch could hold: under a flood of arrivals, preparing them all would keep
         the model from running.
         """
-        return [item for item in self._queue[: self._window()] if item.key is None]
+        window = self._window()
+        if self._continuing and self._continuing[0].divisible:  # their next tokens wait meanwhile
+            window = max(1, self.settings.max_batch_size - len(self._continuing))
+        return [item for item in self._queue[:window] if item.key is None]
 
     # -- the decision --------------------------------------------------------------------------------
 
@@ -202,13 +235,15 @@ class Scheduler:
         hopeless: list[Item] = []
         choice = self._go_on(now, hopeless) if self._continuing else self._choose_first(now, hopeless)
         decision = Decision()
-        if choice is not None:
+        if choice is not None and choice.evicted:
+            decision = Decision(evicted=self._evict(choice.evicted))
+        elif choice is not None:
             due = now >= choice.at
             decision = Decision(self._start(choice, now)) if due else Decision(wake_at=choice.at)
         if not (expired or hopeless):
             return decision
         dropped = [(item, Drop.EXPIRED) for item in expired] + self._drop(hopeless, now)
-        return Decision(decision.batch, decision.wake_at, tuple(dropped), self.drain_s(now))
+        return dataclasses.replace(decision, dropped=tuple(dropped), retry_after_s=self.drain_s(now))
 
     def finished(
         self, now: float, *, ok: bool, started: float | None = None, continuing: Iterable[Item] = ()
@@ -229,15 +264,17 @@ class Scheduler:
             return ""
         continuing = list(continuing)
         go_on = [item for item in continuing if not item.cancelled and item.state is ItemState.RUNNING]
-        tokens, computed_tokens = batch.tokens, batch.computed_tokens
         ended = list(batch.items)
         if go_on:
             alive = set(go_on)
             ended = [item for item in batch.items if item not in alive]
             self._continuing = sorted([*self._continuing, *go_on], key=_arrival)
         begun = batch.items[0].started if started is None else started
-        # The tokens of items that go on are those of their next step already.
-        teaches = ok and begun is not None and not continuing and batch.reason is not BatchReason.CONTINUED
+        if ok and started is not None and batch.divisible:
+            self.pace.observe(batch.decoded, batch.tokens - batch.decoded, now - started)
+        # One step says little about what takes many: `pace` learns from those.
+        many = bool(continuing) or batch.divisible or batch.reason is BatchReason.CONTINUED
+        teaches = ok and begun is not None and not many
         for item in ended:
             item.state = ItemState.DONE
             if not teaches:
@@ -248,12 +285,29 @@ class Scheduler:
             self._closed_loop.batch_ended(now, len(ended))
         if not teaches or begun is None:
             return ""
-        return self._learn(batch, tokens, computed_tokens, now - begun, now)
+        return self._learn(batch, now - begun, now)
 
     def token_budget(self) -> int:
         """Most computed tokens in one step (`max_batch_tokens`, or what "auto" means now)."""
         limit = self.settings.max_batch_tokens
         return self.cost.budget(step_limit_s(self.settings)) if limit == "auto" else limit
+
+    def cache_limit(self) -> Limit | None:
+        """Most tokens in all caches (`max_cache_tokens`, or what "auto" means); None: there are no caches."""
+        limit = self.settings.max_cache_tokens
+        if self._cache is None or limit == "auto":
+            return self._cache
+        return Limit(limit, "max_cache_tokens")
+
+    def caches_exceeded(self, now: float) -> None:
+        """A step of sequences did not fit into memory: for a while the caches hold less than they do now."""
+        self._cache_bound = max(1.0, _CACHE_KEPT * self.cached_tokens())
+        self._cache_bound_until = now + _CACHE_BOUND_S
+
+    def cached_tokens(self) -> int:
+        """Tokens that the caches of all sequences hold, as of their last steps."""
+        running = self._running.items if self._running else ()
+        return sum(item.context_tokens for item in (*self._continuing, *running))
 
     def degraded_reason(self, now: float) -> str:
         """Why the learned cost is not used at present; empty if it is."""
@@ -265,6 +319,8 @@ class Scheduler:
         """The next batch of an idle model, when it starts and why; None: nothing can start."""
         queue = self._queue_state(now)
         while anchor := self._next_anchor(now, hopeless):
+            if anchor.divisible:
+                return self._advance(anchor, now)
             items, reason = self._group(anchor, now)
             cost_s = self._admission.reserve_s(self._computed(items), self.settings)
             if self._admission.cannot_finish(anchor, now + cost_s, queue, self.settings):
@@ -284,6 +340,8 @@ class Scheduler:
 
     def _go_on(self, now: float, hopeless: list[Item]) -> _Choice:
         """The next step of the items that go on, with those that join them."""
+        if self._continuing[0].divisible:
+            return self._advance(self._next_anchor(now, hopeless), now)
         most, queue, budget = self.settings.max_batch_size, self._queue_state(now), self.token_budget()
         items = self._continuing[:most]
         while len(items) > 1 and (self._computed(items) > budget or not self._fits(items, now)):
@@ -306,14 +364,55 @@ class Scheduler:
                 items = joined
         return _Choice(items, BatchReason.CONTINUED)
 
+    def _advance(self, anchor: Item | None, now: float) -> _Choice:
+        """The next step of sequences, of whose prompts it may compute a part.
+
+        Args:
+            anchor: The oldest that waits; None: there is none.
+            now: The time.
+        """
+        running, limit = self._continuing, self.settings.max_batch_tokens
+        waiting: list[Item] = []
+        if anchor is not None:
+            first = self._queue.index(anchor)
+            key = running[0].key if running else anchor.key
+            prepared = self._queue[first : first + self._window()]
+            waiting = list(itertools.takewhile(lambda item: item.key == key, prepared))
+        most, cache = self.settings.max_batch_size, self.cache_limit()
+        chunk = self.pace.chunk(
+            self.settings.inter_token_target_s, decoding=any(decodes(item) for item in running)
+        )
+        bound = self._cache_bound if now < self._cache_bound_until else math.inf
+        plan = advance(
+            running,
+            waiting,
+            most=most,
+            budget=_MOST_TOKENS if limit == "auto" else limit,
+            # What did not fit bounds prompts only: the next tokens of all sequences are few.
+            chunk=int(min(chunk, max(LEAST, self.memory_limit.limit(0, now)))),
+            cache=min(bound, math.inf if cache is None else cache.value),
+        )
+        items = [share.item for share in plan.shares]
+        if running:
+            return _Choice(items, BatchReason.CONTINUED, 0.0, plan.shares, plan.evicted)
+        reason = BatchReason.FULL if len(items) == most else BatchReason.IDLE
+        return _Choice(items, self._reason(reason), self._wait_until(items, reason, 0.0), plan.shares)
+
+    def _evict(self, items: Sequence[Item]) -> tuple[Item, ...]:
+        """Note that these sequences give their caches back, and are computed again."""
+        for item in items:
+            item.tokens, item.context_tokens = item.context_tokens + item.tokens, 0
+        return tuple(items)
+
     def _next_anchor(self, now: float, hopeless: list[Item]) -> Item | None:
         """The oldest item that alone could still be answered in time; those before it leave the queue."""
         anchor, gone, queue = None, [], self._queue_state(now)
         for item in self._queue:
             if item.key is None:
                 continue
-            end = now + self._admission.reserve_s(item.tokens, self.settings)
-            if not self._admission.cannot_finish(item, end, queue, self.settings):
+            # Of what takes many steps it is not known how long they take.
+            reserve_s = 0.0 if item.divisible else self._admission.reserve_s(item.tokens, self.settings)
+            if not self._admission.cannot_finish(item, now + reserve_s, queue, self.settings):
                 anchor = item
                 break
             gone.append(item)
@@ -415,8 +514,17 @@ class Scheduler:
         for item in choice.items:
             if item.state is ItemState.WAITING:
                 item.state, item.started = ItemState.RUNNING, now
+        decoded = sum(item.token_at is not None and item.tokens == 1 for item in choice.items)
+        for item, tokens in choice.shares:
+            item.tokens = tokens
         self._running = batch = Batch(
-            tuple(choice.items), choice.reason, len(self._queue), self.layout.packed
+            tuple(choice.items),
+            choice.reason,
+            len(self._queue),
+            sum(item.tokens for item in choice.items),
+            self._computed(choice.items),
+            decoded,
+            bool(choice.shares),
         )
         end = now + self.cost.seconds(batch.computed_tokens)
         self._in_time = self.cost.known and all(item.deadline >= end for item in batch.items)
@@ -435,9 +543,10 @@ class Scheduler:
             dropped.append((item, Drop.EXPIRED if too_short else Drop.HOPELESS))
         return dropped
 
-    def _learn(self, batch: Batch, tokens: int, computed_tokens: int, seconds: float, now: float) -> str:
+    def _learn(self, batch: Batch, seconds: float, now: float) -> str:
         """Let an answered batch correct the cost, or release it. Returns why it was released."""
         limit_s, most = step_limit_s(self.settings), self.settings.max_batch_size
+        tokens, computed_tokens = batch.tokens, batch.computed_tokens
         self.cost.observe(computed_tokens, seconds)
         # A batch that was kept small to try out its size says nothing about how fast the queue drains.
         tried = batch.reason is BatchReason.BUDGET and self.cost.grows(limit_s)

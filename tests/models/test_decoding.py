@@ -74,7 +74,7 @@ def test_sequence_that_cannot_go_on_fails_alone(monkeypatch: pytest.MonkeyPatch)
     assert bad.payload.sequence is not None
     broken = bad.payload.sequence
     monkeypatch.setattr(type(broken), "has_ended", lambda self: 1 / (self is not broken) > 1)
-    first, second = model.step([Part(good, 1), Part(bad, 1)])
+    first, second = model.step([Part(each, each.work.tokens) for each in (good, bad)])
     assert isinstance(second, Failed)
     assert isinstance(second.error, ZeroDivisionError)
     assert isinstance(first, Done | More)
@@ -89,6 +89,56 @@ def test_released_sequence_holds_no_cache() -> None:
     model.release(prepared)
     model.release(prepared)
     assert prepared.payload.sequence.cache.capacity == 0
+
+
+def test_prompt_in_parts_gives_the_same_text() -> None:
+    """Beside a text that is being generated; no token is chosen before the prompt has ended."""
+    pipe = tiny("text-generation")
+    model = build_pipeline_model(pipe)
+    texts = [example("text-generation", 20), example("text-generation", 30)]
+    parameters = GREEDY | {"max_new_tokens": 6}
+    short, long = (model.prepare(text, parameters) for text in texts)
+    ended: dict[str, object] = {}
+    work = {"short": short.work, "long": long.work}
+    running = {"short": short, "long": long}
+    while running:
+        parts = [Part(each, min(7, work[name].tokens)) for name, each in running.items()]
+        for (name, prepared), part, result in zip(
+            list(running.items()), parts, model.step(parts), strict=True
+        ):
+            if isinstance(result, Done):
+                assert result.generated == 1
+                ended[name] = plain(model.finish(prepared, result.output))
+                del running[name]
+                continue
+            assert isinstance(result, More)
+            assert result.generated == (part.tokens == work[name].tokens)
+            assert result.work.context_tokens == work[name].context_tokens + part.tokens
+            work[name] = result.work
+    assert [ended["short"], ended["long"]] == [plain(pipe(text, **parameters)) for text in texts]
+
+
+def test_text_whose_cache_was_given_back_goes_on() -> None:
+    """Its next step computes again what the cache held; also the random numbers go on."""
+    pipe = tiny("text-generation")
+    model = build_pipeline_model(pipe)
+    parameters = {"do_sample": True, "seed": 5, "max_new_tokens": 8}
+    wanted: dict[str, object] = {}
+    running = {"undisturbed": model.prepare("the river", parameters)}
+    while running:
+        wanted |= run(model, running)
+    answers: dict[str, object] = {}
+    running = {"disturbed": model.prepare("the river", parameters)}
+    for count in range(20):
+        if count % 3 == 2 and running:
+            model.release(running["disturbed"])
+        if running:
+            prepared = running["disturbed"]
+            (result,) = model.step([Part(prepared, 100)])
+            if isinstance(result, Done):
+                answers["disturbed"] = plain(model.finish(prepared, result.output))
+                del running["disturbed"]
+    assert answers["disturbed"] == wanted["undisturbed"]
 
 
 def test_next_step_costs_one_token() -> None:
@@ -108,7 +158,7 @@ def test_token_that_cannot_be_chosen_fails_alone() -> None:
     good, bad = (model.prepare("the river", parameters | {"repetition_penalty": n}) for n in (1.5, 1.7))
     assert bad.payload.sequence is not None
     bad.payload.sequence.rules.processors.append(lambda *_: 1 / 0)
-    _, failed = model.step([Part(good, 1), Part(bad, 1)])
+    _, failed = model.step([Part(each, each.work.tokens) for each in (good, bad)])
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, ZeroDivisionError)
     answers, running = {}, {"good": good}
@@ -122,7 +172,8 @@ def test_only_streams_have_chunks() -> None:
     model = build_pipeline_model(tiny("text-generation"))
     streamed, silent = (model.prepare("the river", GREEDY | {"max_new_tokens": 2}) for _ in range(2))
     for kind in (More, Done):
-        one, other = model.step([Part(streamed, 1, streamed=True), Part(silent, 1)])
+        tokens = streamed.work.tokens if kind is More else 1
+        one, other = model.step([Part(streamed, tokens, streamed=True), Part(silent, tokens)])
         assert isinstance(one, kind)
         assert isinstance(other, kind)
         assert one.chunk

@@ -37,7 +37,24 @@ def test_growth_keeps_what_counts() -> None:
         cache.commit(1)
     keys, _ = cache.write(0, tokens(1, 300), tokens(1, 300))
     assert keys[0, 0, :, 0].tolist() == list(range(301))
-    assert 301 <= cache.capacity <= 2 * 301 + 64
+    assert 301 <= cache.capacity <= 1.25 * 301 + 64
+
+
+def test_no_more_memory_than_its_text_may_need() -> None:
+    cache = SequenceCache()
+    cache.most = 70
+    for count in range(70):
+        cache.write(0, tokens(1, count), tokens(1, count))
+        cache.commit(1)
+    assert cache.capacity == 70
+
+
+def test_bytes_of_a_token() -> None:
+    """Keys and values of two heads with four single numbers each, in every layer."""
+    cache = SequenceCache()
+    for layer in range(3):
+        cache.write(layer, tokens(5, 1.0), tokens(5, 1.0))
+    assert cache.token_bytes == 3 * 2 * 2 * 4 * 4
 
 
 def test_layers_are_apart() -> None:

@@ -26,6 +26,12 @@ POINT = {
     "sizes": {"1": 9, "4": 9},
     "reasons": {"full": 2, "idle": 16},
     "padding": 0.25,
+    "tokens": {
+        "generated_tokens_per_s": 12.5,
+        "prompt_tokens_per_s": 40.0,
+        "first_token_ms": {"p50": 80.0},
+        "inter_token_ms": {"p50": 20.0, "p99": 35.0},
+    },
 }
 
 
@@ -48,4 +54,5 @@ def test_series(tmp_path):
     assert point["reasons"] == {**batches, **POINT["reasons"]}
     assert point["sizes"] == {"1": 5, "4": 5}, "in ninths of all batches, rounded up"
     assert point["mean"] == 2.5
+    assert point["tokens"] == POINT["tokens"]
     assert empty["arrivals"] == 0

@@ -15,12 +15,18 @@ BUSY = {
     "sizes": {str(size): size for size in range(1, 4097, 7)},
     "reasons": dict.fromkeys(frames.REASONS, 999),
     "padding": 0.123,
+    "tokens": {
+        "generated_tokens_per_s": 123.456,
+        "prompt_tokens_per_s": 99_999.9,
+        "first_token_ms": TIMES,
+        "inter_token_ms": TIMES,
+    },
 }
 
 
 def test_row_size():
     row = frames.encode_row(BUSY)
-    assert len(row) * frames.SECONDS < 20_000
+    assert len(row) * frames.SECONDS < 22_000
     assert len(json.loads(row)[-2]) <= 24, "rows of the chart"
 
 
@@ -28,6 +34,8 @@ def test_row_order():
     row = json.loads(frames.encode_row(BUSY))
     assert row[:9] == [99_999] * 9
     assert row[9:15] == [123, 1235, 12346, 123, 123, 0.12]
+    assert row[15] == [123, 100_000, 123, 123, 12346]
+    assert json.loads(frames.encode_row({**BUSY, "tokens": None}))[15] == 0
     assert row[-1] == [999] * len(frames.REASONS)
 
 

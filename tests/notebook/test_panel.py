@@ -71,7 +71,9 @@ def test_frames_during_requests(server):
     rows = [row for row in shown["rows"] if row]
     assert sum(row[2] for row in rows) == 1, "the request may have arrived in the second before its answer"
     row = rows[-1]
-    depth, in_flight, _, ok, *bad, samples, p50, p95, p99, wait, forward, padding, step, sizes, why = row
+    depth, in_flight, _, ok, *bad, samples, p50, p95, p99, wait, forward, padding = row[:-4]
+    tokens, step, sizes, why = row[-4:]
+    assert tokens == 0
     assert (ok, bad, samples) == (1, [0, 0, 0, 0], 1)
     assert in_flight >= depth
     assert p99 >= p95 >= p50 > 0

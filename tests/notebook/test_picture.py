@@ -16,6 +16,7 @@ QUIET = {
     "sizes": {},
     "reasons": {},
     "padding": None,
+    "tokens": None,
 }
 
 

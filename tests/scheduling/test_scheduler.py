@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from serving_kit.items import Item, ItemState, computed
-from serving_kit.model import PADDED, Layout
+from serving_kit.model import PADDED, Layout, Limit
 from serving_kit.records import BatchReason, Drop
 from serving_kit.scheduling.admission import Rejected, step_limit_s, token_limit
 from serving_kit.scheduling.cost import CostModel
@@ -604,3 +604,72 @@ def test_cost_of_continued_steps(lengths: list[int], budget: int) -> None:
     batch = run(scheduler, 1.0)
     scheduler.finished(2.0, ok=True)
     assert scheduler.cost.observations == 0
+
+
+# -- sequences: items of which a step may compute a part -------------------------------------------------
+
+
+def sequences(*tokens: int, timeout: float = 10.0, **knobs: object) -> tuple[Scheduler, list[Item]]:
+    """A scheduler with prepared prompts of so many tokens."""
+    settings = Settings(**knobs)  # type: ignore[arg-type]
+    scheduler = Scheduler(settings, layout=PACKED, cache=Limit(10_000, "given"))
+    items = [item(n / 1000, length, timeout=timeout, key=None) for n, length in enumerate(tokens)]
+    assert scheduler.offer(items, 0.01) is None
+    for each, length in zip(items, tokens, strict=True):
+        scheduler.ready(each, length, "g", divisible=True)
+    return scheduler, items
+
+
+def computed_step(scheduler: Scheduler, batch: Batch, now: float) -> None:
+    """The model has computed the shares; prompts go on, and every text does."""
+    whole = {id(each): each.context_tokens for each in batch.items}
+    for each in batch.items:
+        each.context_tokens = whole[id(each)] + each.tokens
+        each.tokens = max(1, each.payload - each.context_tokens)
+    scheduler.finished(now, ok=True, started=now - 0.01, continuing=batch.items)
+
+
+def test_long_prompt_takes_several_steps() -> None:
+    scheduler, (long,) = sequences(600)
+    long.payload = 600
+    first = run(scheduler, 0.01)
+    assert (first.computed_tokens, long.tokens) == (256, 256)
+    computed_step(scheduler, first, 0.1)
+    assert long.tokens == 344
+    assert run(scheduler, 0.1).computed_tokens <= 344
+
+
+def test_what_did_not_fit_bounds_prompts_and_caches() -> None:
+    """Every text still gets its next token in every step, and a prompt goes on."""
+    scheduler, items = sequences(40, 40, 40, 200)
+    for each in items:
+        each.payload = each.tokens
+    computed_step(scheduler, run(scheduler, 0.01), 0.1)
+    scheduler.memory_limit.exceeded(1, 4, 0.1)
+    assert [each.tokens for each in run(scheduler, 0.1).items] == [1, 1, 1, 16]
+    computed_step(scheduler, Batch(tuple(items), BatchReason.CONTINUED, 0, 19, 19), 0.2)
+    held = scheduler.cached_tokens()
+    scheduler.caches_exceeded(0.2)
+    decision = scheduler.poll(0.2)
+    assert decision.evicted == (items[-1],)
+    assert scheduler.cached_tokens() <= 0.75 * held
+    assert scheduler.poll(0.2).batch is not None
+
+
+def test_prompts_start_at_once_where_they_are_as_many_as_may_run() -> None:
+    """Also one whose client gives it less time than `max_wait_ms`."""
+    scheduler, _ = sequences(5, 5, max_wait_ms=5000, max_batch_size=2)
+    assert run(scheduler, 0.01).reason is BatchReason.FULL
+    scheduler, _ = sequences(5, max_wait_ms=5000, timeout=1.0)
+    wake_at = scheduler.poll(0.01).wake_at
+    assert wake_at is not None
+    assert wake_at < 0.6
+
+
+def test_few_are_prepared_between_two_tokens() -> None:
+    scheduler, _ = sequences(5, max_batch_size=4)
+    batch = run(scheduler, 0.01)
+    batch.items[0].payload = 5
+    scheduler.offer([item(0.1, key=None) for _ in range(50)], 0.1)
+    computed_step(scheduler, batch, 0.2)
+    assert len(scheduler.unprepared()) == 3

@@ -326,15 +326,21 @@ class Watch:
             if not self.retry or self._passed.issuperset(together):
                 self._learned[self._length_class(length)] = tokens, now
             self._too_much = None
+        self._check_cache(items)
         if len(items) == 1:
             return
         kind = "of items that go on " if step.reason is BatchReason.CONTINUED else ""
         self.check(len(items) <= settings.max_batch_size, f"a step {kind}has more than max_batch_size")
         budget = settings.max_batch_tokens
+        if budget == "auto" and items[0].divisible:
+            budget = math.inf
         if budget == "auto":
             budget = scheduler.cost.budget(step_limit_s(settings))
         tokens, length = self._computed(items), longest(items)
         self.check(tokens <= budget, f"a step {kind}has more than max_batch_tokens")
+        if items[0].divisible:  # what did not fit bounds the prompts in a step, not the step
+            self.check(tokens <= budget, f"a step {kind}has more than max_batch_tokens")
+            return
         limit = scheduler.memory_limit.limit(length, now)
         self.check(tokens <= limit, f"a step {kind}has more than the memory limit")
         if self.retry:  # else what did not fit may have been one item
@@ -342,6 +348,17 @@ class Watch:
         for own, (too_much, at) in self._learned.items():
             if own <= self._length_class(length) and now < at + _MEMORY_S:
                 self.check(tokens < too_much, f"a step {kind}is as large as what did not fit")
+
+    def _check_cache(self, items: Sequence[Item]) -> None:
+        """All caches together stay within their bound, unless there is one only."""
+        limit = self.engine.scheduler.cache_limit()
+        if limit is None:
+            return
+        cached = {item: _cached(item) for item in {*self._open, *items}}
+        for item in items:
+            cached[item] += item.tokens
+        holding = [tokens for tokens in cached.values() if tokens]
+        self.check(len(holding) < 2 or sum(holding) <= limit.value, "the caches hold more than they may")
 
     def _computed(self, items: Sequence[Item]) -> int:
         return computed(items, packed=self.model.limits.layout.packed)
@@ -351,8 +368,11 @@ class Watch:
         return 0 if self.model.limits.layout.packed else length.bit_length()
 
     def _check_joins(self, items: Sequence[Item]) -> None:
-        """Those that join are the oldest; where hopeless items are dropped, of those that it could take."""
-        joining = [item for item in items if item not in self._ran]
+        """Those that join are the oldest; where hopeless items are dropped, of those that it could take.
+
+        Of prompts the shortest come next, once the oldest has its part.
+        """
+        joining = [item for item in items if item not in self._ran and not item.divisible]
         if not joining:
             return
         drops = self.settings.drop_hopeless
@@ -414,6 +434,11 @@ class Watch:
         self._streak += 1
         if self._streak >= _FAILURES:
             self._shut_until = now + _PAUSE_S
+
+
+def _cached(item: Item) -> int:
+    """Tokens that the model holds of an item."""
+    return item.prepared.payload.cached if item.prepared is not None else 0
 
 
 def _counts(told: Any) -> Counter[Any]:

@@ -1,11 +1,13 @@
-// The five charts. Each has:
+// The charts. Each has:
 //   name, tall      its title; whether it has a second row below for the reasons of its batches
 //   limit, knobs    the setting drawn as its limit; the settings whose changes are written into it
 //   minPeak, peak   the least that its scale reaches to; the largest value of one second
-//   keys            per number beside the title: color (a class of panel.css), label, text of one second,
-//                   and whether that second has too few samples for it; where it is not for every model,
-//                   also whether it is of use where the items of a step are laid out so
+//   keys            per number beside the title: color (a class of panel.css), label, text of one second
+//                   (also with the settings and the view), and whether that second has too few samples for it;
+//                   where it is not for every model, also whether it is of use where the items of a step are
+//                   laid out so
 //   draw            draws it on a Plot
+//   isOfUse         where it is not for every model: whether it is of use for this snapshot
 
 import { formatCount, formatNumber, sum } from "./format.js";
 import { MIN_SAMPLES, NOT_ANSWERED, REASONS } from "./snapshot.js";
@@ -137,4 +139,29 @@ function drawOutcomes(plot, point) {
   }
 }
 
-export const CHARTS = [QUEUE, BATCHES, LATENCY, TIME_SPENT, REQUESTS];
+const cacheText = ({ cached_tokens, max_cache_tokens }) =>
+  `${formatCount(cached_tokens)} of ${formatCount(max_cache_tokens)}`;
+const tokenNumber = (read) => (point) => formatNumber(point.tokens ? read(point.tokens) : null);
+const GENERATED = {
+  name: "Tokens per second",
+  knobs: /token|cache/,
+  minPeak: 4,
+  isOfUse: ({ generation }) => generation != null,
+  peak: (point) =>
+    Math.max(point.tokens?.generated_tokens_per_s ?? 0, point.tokens?.prompt_tokens_per_s ?? 0),
+  keys: [
+    key("work", "generated", tokenNumber((tokens) => tokens.generated_tokens_per_s)),
+    key("soft", "of prompts", tokenNumber((tokens) => tokens.prompt_tokens_per_s)),
+    key("plain", "first token, ms", tokenNumber((tokens) => tokens.first_token_ms.p50)),
+    key("plain", "between tokens, ms", tokenNumber((tokens) => tokens.inter_token_ms.p50)),
+    key("plain", "p99", tokenNumber((tokens) => tokens.inter_token_ms.p99)),
+    key("plain", "sequences now", (_, __, { generation }) => formatCount(generation.running)),
+    key("plain", "their cached tokens", (_, __, { generation }) => cacheText(generation)),
+  ],
+  draw(plot) {
+    plot.line((point) => point.tokens?.prompt_tokens_per_s ?? 0, "soft", { steps: true, width: 1 });
+    plot.line((point) => point.tokens?.generated_tokens_per_s ?? 0, "work", { steps: true, fill: 0.18 });
+  },
+};
+
+export const CHARTS = [QUEUE, BATCHES, LATENCY, TIME_SPENT, GENERATED, REQUESTS];

@@ -23,11 +23,13 @@ class ChartFigure {
   }
 
   draw(view, point) {
+    this.node.hidden = !(this.chart.isOfUse?.(view) ?? true);
+    if (this.node.hidden) return;
     drawChart(this.chart, this.canvas, view);
     const texts = this.chart.keys.flatMap((key, index) => {
       this.keys[index].hidden = !(key.isOfUse?.(view.layout) ?? true);
       if (this.keys[index].hidden) return [];
-      const text = key.text(point, view.settings);
+      const text = key.text(point, view.settings, view);
       setText(this.values[index], text);
       this.values[index].className = key.hasFew(point) ? "few" : "";
       return [`${key.label} ${text}`];
@@ -95,6 +97,7 @@ export class Charts {
       points: snapshot.series.filter(({ second }) => second >= first && second < end + 1),
       settings: snapshot.settings,
       layout: snapshot.layout,
+      generation: snapshot.generation,
       ink: this.#ink,
       cursor: this.#cursor,
     };

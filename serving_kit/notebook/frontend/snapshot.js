@@ -55,7 +55,7 @@ export function decodeFrame(bytes) {
 // The order of a row is that of frames.py (encode_row).
 function decodeRow(row, second, reasons) {
   const [queue_depth, in_flight, arrivals, ok, shed, expired, failed, unavailable, samples] = row;
-  const [p50, p95, p99, queueWait, modelTime, padding, step, digits, counts] = row.slice(9);
+  const [p50, p95, p99, queueWait, modelTime, padding, tokens, step, digits, counts] = row.slice(9);
   const sizes = decodeSizes(digits, step);
   return {
     second,
@@ -69,6 +69,7 @@ function decodeRow(row, second, reasons) {
     unavailable,
     samples,
     padding,
+    tokens: tokens ? decodeTokens(tokens) : null,
     step,
     sizes,
     mean: meanBatchSize(sizes, step),
@@ -76,6 +77,15 @@ function decodeRow(row, second, reasons) {
     queue_wait_ms: { p50: queueWait },
     forward_ms: { p50: modelTime },
     reasons: Object.fromEntries(reasons.map((reason, index) => [reason, counts ? counts[index] : 0])),
+  };
+}
+
+function decodeTokens([generated_tokens_per_s, prompt_tokens_per_s, first, between, longest]) {
+  return {
+    generated_tokens_per_s,
+    prompt_tokens_per_s,
+    first_token_ms: { p50: first },
+    inter_token_ms: { p50: between, p99: longest },
   };
 }
 
