@@ -456,7 +456,7 @@ def test_overload_and_errors(lab):
         trace = panel.locator("pre").first
         assert "LookupError: deep inside the model" in trace.text_content()
         assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
-        panel.get_by_text("6 more").click()
+        panel.get_by_text("8 more").click()
         page.set_viewport_size({"width": 1280, "height": 1700})
         command(page, "apputils:change-theme", "{theme: 'JupyterLab Dark'}")
         assert until(page, lambda: panel.evaluate("node => getComputedStyle(node).colorScheme") == "dark")

@@ -211,9 +211,9 @@ def test_stream_that_fails_ends_with_an_error(
     decoder, steps = server._service.model.decoder, iter(range(2))
     logits = decoder.logits
 
-    def fails_later(sequences: Any) -> Any:
+    def fails_later(*given: Any) -> Any:
         next(steps)
-        return logits(sequences)
+        return logits(*given)
 
     monkeypatch.setattr(decoder, "logits", fails_later)
     stream = client.completions.create(model="any", prompt="the river", stream=True, **GREEDY)
@@ -228,9 +228,9 @@ def test_stream_whose_time_is_up_ends_with_an_error(serve: Callable[..., Any], p
     slow = server._service.model.decoder
     logits = slow.logits
 
-    def wait(sequences: Any) -> Any:
+    def wait(*given: Any) -> Any:
         time.sleep(0.05)
-        return logits(sequences)
+        return logits(*given)
 
     slow.logits = wait
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
