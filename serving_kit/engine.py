@@ -427,6 +427,8 @@ class Engine:
                 return
             if isinstance(request, Settle):
                 self._settle(request.items, request.failure, alone=request.alone, now=now)
+                for item in request.items:  # it has ended, also for a cancellation before the step does
+                    self._release(item)
             elif isinstance(request, Expire):
                 self._drop(request.items, Drop.EXPIRED, None, now)
             else:

@@ -323,8 +323,10 @@ class PackedHistory(History):
         peers = [each for each in alive if each.key == batch.items[0].key]
         last = peers.index(batch.items[-1])
         passed_over = [each for each in peers[:last] if each not in batch.items]
-        end = self.now + self.scheduler.cost.high(batch.computed_tokens)
-        assert all(each.deadline < end for each in passed_over), "nothing is passed that could be in time"
+        for each in passed_over:
+            before = [i for i in peers[: peers.index(each)] if i in batch.items]
+            end = self.now + self.scheduler.cost.high(computed([*before, each], packed=True))
+            assert each.deadline < end, "nothing is passed that could be in time behind those before it"
         assert knobs.drop_hopeless or not passed_over
         if last + 1 == len(peers) or len(batch.items) == knobs.max_batch_size:
             return
