@@ -304,6 +304,22 @@ def test_expired_between_retries() -> None:
     bed.check_released()
 
 
+def test_failed_before_its_time_is_up() -> None:
+    """It has ended once, also where its step still runs again in parts when its deadline passes."""
+    bed = Bed()
+    bed.model.bad = raise_for("a")
+    failed, *_ = bed.offer("a", "b", "c", "d", timeout_s=50.0)
+    while not bed.has_ended(failed):
+        bed.turn()
+    assert not all(bed.has_ended(item) for item in bed.offered), "the others still run again"
+    bed.engine.cancel([failed], expired_at=bed.now)
+    bed.settle()
+    assert isinstance(bed.error("a"), ModelFailed)
+    assert bed.drops == []
+    assert values_of([bed.end(value) for value in ("b", "c", "d")]) == ["B", "C", "D"]
+    bed.check_released()
+
+
 def test_hopeless_items_are_dropped() -> None:
     bed = Bed(drop_hopeless=True, max_batch_size=1)
     for _ in range(10):
